@@ -1,0 +1,43 @@
+"""Fine-tune embedding models for your own search, and see whether it got better.
+
+Importing this package costs nothing: a public name loads its module when it is first used.
+"""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+# public name -> the module it lives in
+_NAMES = {
+    name: module
+    for module, names in {
+        "core": "InputError runtime set_seed",
+        "display": "quiet",
+        "groups": "load_groups write_groups make_groups load_corpus corpus_of",
+        "texts": "split_groups",
+        "samples": "lay_terms docstrings",
+        "encoder": "load_encoder encode",
+        "recipes": "recipe",
+        "testing": "tiny_model toy_groups toy_corpus",
+        "index": "search",
+        "evaluation": "evaluate",
+        "comparison": "compare",
+        "losses": "InfoNCE",
+        "training": "Trainer TrainingArguments",
+        "experiments": "finetune",
+        "report": "write_run",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name):
+    if name not in _NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_NAMES[name]}", __name__), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__(): return sorted({*globals(), *_NAMES})

@@ -1,0 +1,25 @@
+"Every tutorial runs from top to bottom on a CPU, offline, with its `#| params` cell made small."
+from pathlib import Path
+
+import pytest
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
+from nbdev.process import extract_directives
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "nbs" / "tutorials").glob("*.ipynb"))
+# what stands in the `#| params` cell of each for this test
+SMALL = {"01_quickstart": ""}
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_tutorial(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a tutorial writes, it writes here
+    nb, shell, seen = read_nb(path), CaptureShell(), False
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        flags = extract_directives(cell, remove=False)
+        if flags.get("eval:") == ["false"]: continue
+        if "params" in flags: cell.source, seen = SMALL[path.stem], True
+        shell.cell(cell)
+        assert not shell.exc, f"{cell.source}\n{shell.prettytb(fname=path.name)}"
+    assert seen, "a tutorial has a `#| params` cell: what makes it big or small"
