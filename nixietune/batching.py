@@ -151,6 +151,26 @@ def batch_labels(
               "teacher": a.teacher[edges], "known": np.stack([known_row, np.concatenate(known)])}
     return {name: torch.from_numpy(np.array(value)) for name, value in labels.items()}, a.query[rows], d_id
 
+# %% ../nbs/60_batching.ipynb #a5e7ab22
+def _from_tokens(source, q, d, labels):
+    "Forwards of queries `q` and documents `d` from stored tokens, as (positions, features)."
+    rows = [source.queries[i] for i in q] + [source.documents[i] for i in d]
+    lengths, n = np.array([len(row) for row in rows]), len(q)
+    prompts = np.concatenate([source.queries.prompt_lengths[q], source.documents.prompt_lengths[d]])
+    labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max())
+    plan = plan_forwards(source.layout, lengths, source.budget, prompts, np.arange(len(rows)) >= n)
+    return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]])) for here in plan]
+
+
+def _from_text(source, q, d, labels):
+    "Forwards through the model's own `preprocess`, queries and documents apart."
+    made = []
+    for role, numbers in (("query", q), ("document", d)):
+        prompts, texts = zip(*[source.texts[role][i] for i in numbers])
+        start = len(q) if role == "document" else 0
+        made += [(here + start, features) for here, features in text_forwards(source.model, texts, role, prompts)]
+    return made
+
 # %% ../nbs/60_batching.ipynb #9e357071
 class Source(torch.utils.data.Dataset):
     "Builds batches from keys."
@@ -176,25 +196,7 @@ class Source(torch.utils.data.Dataset):
     def __getitem__(self, key):
         "One batch: `packs` (features of each forward) and `label`."
         labels, q, d = batch_labels(self.arrays, key, *self.draws)
-        forwards = self._from_text(q, d) if self.layout.name == "text" else self._from_tokens(q, d, labels)
+        forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, q, d, labels)
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))
         labels["computed"] = sum(tokens_in(features) for _, features in forwards)
         return {"packs": [features for _, features in forwards], "label": labels}
-
-    def _from_tokens(self, q, d, labels):
-        "Forwards from stored tokens; counts what a batch padded to its longest query and document would compute."
-        rows = [self.queries[i] for i in q] + [self.documents[i] for i in d]
-        lengths, n = np.array([len(row) for row in rows]), len(q)
-        prompts = np.concatenate([self.queries.prompt_lengths[q], self.documents.prompt_lengths[d]])
-        labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max())
-        plan = plan_forwards(self.layout, lengths, self.budget, prompts, np.arange(len(rows)) >= n)
-        return [(here, make_features(self.layout, [rows[i] for i in here], prompts[here[0]])) for here in plan]
-
-    def _from_text(self, q, d):
-        "Forwards through the model's own `preprocess`, queries and documents apart."
-        made = []
-        for role, numbers in (("query", q), ("document", d)):
-            prompts, texts = zip(*[self.texts[role][i] for i in numbers])
-            start = len(q) if role == "document" else 0
-            made += [(here + start, features) for here, features in text_forwards(self.model, texts, role, prompts)]
-        return made

@@ -128,8 +128,8 @@ class Comparison:
     confidence: float # of the interval
     p_value: float # of the sign-flip test
     wins: int # queries that got better
-    losses: int # queries that got worse
-    ties: int # queries that stayed as they were
+    losses: int # worse
+    ties: int # neither
     verdict: str # the sentence
     table: Table # every metric before and after
     per_query: "pandas.DataFrame" # query_id, query; before, after, difference; rank_before, ..., top_after
@@ -144,19 +144,17 @@ class Comparison:
     ) -> "pandas.DataFrame": # rows of `per_query`, the largest gain first, the largest loss last
         "The queries that moved most."
         order = self.per_query.sort_values("difference", ascending=False, kind="stable")
-        gains, losses = order[order["difference"] > 0], order[order["difference"] < 0]
-        return order.loc[[*gains.index[:n], *losses.index[max(0, len(losses) - n):]]].reset_index(drop=True)
+        gains, losses = order.query("difference > 0").index[:n], order.query("difference < 0").index[::-1][:n][::-1]
+        return order.loc[[*gains, *losses]].reset_index(drop=True)
 
-    def plot(self,
-        ax=None, # axes to draw on; None: new ones
-    ) -> "matplotlib.axes.Axes":
+    def plot(self, ax=None) -> "matplotlib.axes.Axes": # `ax`, or new ones
         "Every query's difference as one sliver."
         return plot_changes(self.per_query["difference"], metric_label(self.metric), ax=ax)
 
     def summary(self) -> dict: # what JSON can hold
-        "Everything but the queries."
-        keys = "metric difference interval confidence p_value wins losses ties outcome verdict".split()
-        return {key: getattr(self, key) for key in keys} | {"interval": list(self.interval), "metrics": self.table.rows}
+        "All but the queries."
+        facts = {k: v for k, v in vars(self).items() if k not in ("table", "per_query")}
+        return facts | {"interval": list(self.interval), "outcome": self.outcome, "metrics": self.table.rows}
 
     def __repr__(self): return f"{self.verdict}\n\n{self.table!r}"
     def _repr_html_(self): return f"<p><b>{escape(self.verdict)}</b></p>\n{self.table._repr_html_()}"

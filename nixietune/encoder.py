@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of', 'plan_forwards',
            'make_features', 'tokens_in', 'encode', 'to_device', 'text_forwards', 'check_layout', 'local_path',
-           'load_encoder', 'set_prompts', 'set_max_length', 'set_dropout', 'quiet_loading']
+           'load_encoder', 'set_prompts', 'set_max_length', 'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import importlib.util, os
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from .core import InputError
-from .display import Progress, say
+from .display import hushed, Progress, say
 from .recipes import recipe
 from .tokens import bag, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
 
@@ -286,7 +286,7 @@ def load_encoder(
     if (os.sep in path or path.startswith(".")) and path.count("/") != 1 and not Path(path).exists():
         raise InputError("no such folder", path, "a folder with a model in it, or a name on the Hub")
     kwargs["model_kwargs"] = {"dtype": torch.float32, **kwargs.get("model_kwargs", {})}
-    with quiet_loading(): model = SentenceTransformer(path, device=device, **kwargs)
+    with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
     set_prompts(model, recipe(path if recipe(path).family != "neutral" else model), prompts)
     if max_length is not None: set_max_length(model, max_length)
     if dropout is not None: set_dropout(model, dropout)
@@ -336,15 +336,3 @@ def set_dropout(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout): module.p = p
         if isinstance(getattr(module, "attention_dropout", None), float): module.attention_dropout = p
-
-# %% ../nbs/21_encoder.ipynb #3cee7d1c
-class quiet_loading:
-    "Within this block transformers shows no loading bar and no notice about keys."
-    def __enter__(self):
-        from transformers.utils import logging
-        self.logging, self.bar, self.level = logging, logging.is_progress_bar_enabled(), logging.get_verbosity()
-        logging.disable_progress_bar(); logging.set_verbosity_error()
-
-    def __exit__(self, *error):
-        self.logging.set_verbosity(self.level)
-        if self.bar: self.logging.enable_progress_bar()

@@ -9,6 +9,7 @@ __all__ = ['toy_groups', 'toy_corpus', 'tiny_model']
 import random, tempfile
 from itertools import product
 from .core import InputError
+from .display import hushed
 from .groups import make_groups
 
 # %% ../nbs/18_testing.ipynb #a42fa73b
@@ -104,7 +105,7 @@ def tiny_model(
         pad_id = 1 if kind in ("roberta", "camembert", "xlm-roberta", "mpnet") else 0
         tokenizer = _tokenizer(pad_id, length)
         config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer), "pad_token_id": pad_id, **settings, **config})
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, hushed():
             getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             transformer = Transformer(folder)

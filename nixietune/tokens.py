@@ -95,6 +95,30 @@ def _what_changed(parts, folder):
     return best
 
 # %% ../nbs/20_tokens.ipynb #f19b48ec
+def _in_memory(rows, prompt_lengths):
+    "A store that has no folder."
+    store = TokenStore("in memory")
+    ids = np.concatenate(rows) if rows else np.zeros(0, np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    store._open = {"ids": ids, "offsets": offsets, "prompt_lengths": prompt_lengths}
+    return store
+
+
+def _tokenize_all(model, texts, role, prompts, max_length, chunk):
+    "Token ids of every text in the order given, and the prompt length of each."
+    each = prompts if isinstance(prompts, (list, tuple)) else [prompts]*len(texts)
+    order = sorted(range(len(texts)), key=lambda i: (each[i] or "", len(texts[i])))
+    rows, prompt_lengths = [None]*len(texts), np.zeros(len(texts), np.int32)
+    for prompt, group in groupby(order, key=lambda i: each[i] or ""):
+        group = list(group)
+        for start in range(0, len(group), chunk):
+            some = group[start:start + chunk]
+            found, length = _tokenize_chunk(model, [texts[i] for i in some], role, prompt, max_length)
+            for i, row in zip(some, found): rows[i] = row
+            prompt_lengths[some] = length
+    return rows, prompt_lengths
+
+# %% ../nbs/20_tokens.ipynb #1f52f947
 def tokenize(
     model, # a SentenceTransformer
     texts, # list of texts, each of them once
@@ -122,30 +146,6 @@ def tokenize(
         save_arrays(temporary, **store._open)
         (temporary/"parts.json").write_text(json.dumps(parts))
     return TokenStore(path)
-
-
-def _in_memory(rows, prompt_lengths):
-    "A store that has no folder."
-    store = TokenStore("in memory")
-    ids = np.concatenate(rows) if rows else np.zeros(0, np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-    store._open = {"ids": ids, "offsets": offsets, "prompt_lengths": prompt_lengths}
-    return store
-
-
-def _tokenize_all(model, texts, role, prompts, max_length, chunk):
-    "Token ids of every text in the order given, and the prompt length of each."
-    each = prompts if isinstance(prompts, (list, tuple)) else [prompts]*len(texts)
-    order = sorted(range(len(texts)), key=lambda i: (each[i] or "", len(texts[i])))
-    rows, prompt_lengths = [None]*len(texts), np.zeros(len(texts), np.int32)
-    for prompt, group in groupby(order, key=lambda i: each[i] or ""):
-        group = list(group)
-        for start in range(0, len(group), chunk):
-            some = group[start:start + chunk]
-            found, length = _tokenize_chunk(model, [texts[i] for i in some], role, prompt, max_length)
-            for i, row in zip(some, found): rows[i] = row
-            prompt_lengths[some] = length
-    return rows, prompt_lengths
 
 # %% ../nbs/20_tokens.ipynb #5af3a3a9
 def plan_packs(

@@ -28,7 +28,7 @@ def install(folder, python="", **variables):
     ("sys.version_info = (3, 15, 0)", ["is Python 3.15.0"]),
     ("sys.version_info = (3, 12, 3); sys.modules['ensurepip'] = None", ["Python 3.12", "ensurepip", "install python3.12-venv"]),
     ("sys.modules['lzma'] = None", ["built without: lzma"]),
-    ("sys.platform = 'darwin'; platform.machine = lambda: 'x86_64'", ["Intel Mac"]),
+    ("import ensurepip, venv; sys.platform = 'darwin'; platform.machine = lambda: 'x86_64'", ["Intel Mac"]),
 ])
 def test_refuses(tmp_path, python, said):
     status, text = install(tmp_path, python)
@@ -47,9 +47,8 @@ def test_second_run_installs_nothing(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
     python, calls = tmp_path / ".venv" / "bin" / "python", tmp_path / "calls"
-    python.write_text(f'#!/bin/sh\n[ "$2" != pip ] || {{ echo "$@" >> {calls}; exit 0; }}\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\ncase "$*" in "-m pip install"*) echo "$@" >> {calls}; exit 0;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (tmp_path / ".venv" / "bin" / "pip").symlink_to(python)
     counts = []
     for _ in range(2):
         assert install(tmp_path, PATH="/usr/bin:/bin")[0] == 0
@@ -57,4 +56,6 @@ def test_second_run_installs_nothing(tmp_path):
     assert counts[0] == counts[1] == 2
     with (tmp_path / "constraints.txt").open("a") as pins: pins.write("other==1\n")
     assert install(tmp_path)[0] == 0
+    status, text = install(tmp_path, "sys.version_info = (3, 12, 99)")
+    assert status == 1 and "not 3.12.99" in text
     assert len(calls.read_text().splitlines()) == 4
