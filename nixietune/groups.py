@@ -13,7 +13,7 @@ __all__ = ['ITEM', 'GROUP', 'DOCUMENT', 'MISSING', 'KINDS', 'DIALECTS', 'SHOWN',
            'losses', 'write_groups', 'read_document', 'corpus_rows', 'load_corpus', 'documents', 'corpus_of']
 
 # %% ../nbs/10_groups.ipynb #4a70f56e
-import hashlib, json, math
+import hashlib, json, math, os, shutil, tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -469,10 +469,14 @@ def cached(
 ) -> Path: # the folder
     "A folder in the cache, made if it is not there; nothing is left of one whose making fails."
     folder = cache_folder(kind)/key
-    if not folder.is_dir():
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            make(temporary)
+    if folder.is_dir(): return folder
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=folder.parent))
+    try:
+        make(temporary)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir(): raise # else another process was faster, and made the same
+    finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

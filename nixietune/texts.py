@@ -60,6 +60,11 @@ def cut(
     rest, room = sizes[~large], room.clip(0)
     borders = np.cumsum(room*(rest.sum()/max(room.sum(), 1e-9)))[:-1]
     split[~large] = np.searchsorted(borders, np.cumsum(rest) - rest/2, side="right")
+    for empty in sorted(set(range(len(fractions))) - set(split.tolist())): # in a small table
+        count = np.bincount(split, minlength=len(fractions))
+        giver = np.where(count > 1, count, 0).argmax()
+        here = np.flatnonzero(split == giver)
+        if len(here) > 1: split[here[sizes[here].argmin()]] = empty
     return split
 
 # %% ../nbs/11_texts.ipynb #3ff91399
