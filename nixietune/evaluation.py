@@ -248,7 +248,7 @@ def relevance(
     kept = [q for q, of in enumerate(grades) if any(is_relevant(g, threshold) for g in of.values())]
     if not kept: raise InputError("no query has a positive", "evaluate", "at least one relevant document")
     facts["left_out"] = len(grades) - len(kept)
-    facts["instructions"] = sum(bool(judged.prompts[q][1]) for q in kept)
+    facts["instructions"] = sum(bool(judged.prompts[q][1]) for q in kept)  # only a model knows how to put them in
     columns = judged.query_ids, judged.queries, judged.prompts, grades
     names, queries, prompts, grades = ([column[q] for q in kept] for column in columns)
     return Relevance(names, queries, prompts, ids, texts, grades, dict(facts))
@@ -338,17 +338,15 @@ def encode_texts(
     model, # a SentenceTransformer, or a function of (texts, role)
     texts:list, # may hold a text several times
     role:str, # "query" or "document"
-    prompts:list=None, # what goes before each text instead of the model's own prompt; None where it is the model's own
+    prompts:list=None, # (prompt, instruction) of each text, as its group has it; the model's own prompt without it
     progress:bool=True, # show it? (a function shows what it likes)
 ) -> "numpy.ndarray": # float [texts, dimension]
     "The vectors of texts, each distinct text encoded once."
     import numpy as np
-    prompts = prompts or [None]*len(texts)
     if hasattr(model, "encode"):
-        from nixietune.encoder import encode, prompt_of
-        own = None if set(prompts) == {None} else [prompt_of(model, role) if o is None else o for o in prompts]
-        return encode(model, texts, role, prompts=own, progress=progress)
-    whole = [(prompt or "") + text for prompt, text in zip(prompts, texts)]
+        from nixietune.encoder import encode, query_prompts
+        return encode(model, texts, role, prompts=query_prompts(model, prompts) if prompts else None, progress=progress)
+    whole = [(prompt or "") + text for (prompt, _), text in zip(prompts, texts)] if prompts else texts
     numbers = {o: i for i, o in enumerate(dict.fromkeys(whole))}
     vectors = np.asarray(model(list(numbers), role))
     if len(vectors) != len(numbers): raise InputError(f"{len(vectors):,} vectors for {len(numbers):,} texts", "model")
@@ -399,11 +397,12 @@ def evaluate(
     k = max([k, *(cutoff for _, cutoff in map(metric_parts, metrics))])
     problem = relevance(groups, corpus, missing, threshold)
     similarity = similarity_of(model)
-    queries = encode_texts(model, problem.queries, "query", [prompt for prompt, _ in problem.prompts], progress)
+    queries = encode_texts(model, problem.queries, "query", problem.prompts, progress)
     documents = encode_texts(model, problem.texts, "document", progress=progress)
     scores, rows = search(queries, documents, k, similarity)
     run = Run(problem.query_ids, problem.doc_ids, rows.astype("int32"), scores)
     values = measure_run(rows, problem.grades, metrics, threshold)
+    if hasattr(model, "encode"): problem.facts["instructions"] = 0
     info = _info(problem, k=k, dimension=int(queries.shape[1]), similarity=similarity, threshold=threshold)
     for key in ("left_out", "instructions"):
         if info[key]: say(f"{_NOTES[key].capitalize()}: {info[key]:,}.")

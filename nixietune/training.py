@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from .batching import index_groups, KeySampler, Source
 from .core import InputError, runtime
 from .display import Progress, say
-from .encoder import BUDGET, check_layout, layout_of, load_encoder, prepare, prompt_of
+from .encoder import BUDGET, check_layout, layout_of, load_encoder, prepare
 from .evaluation import evaluate
 from .losses import InfoNCE
 from .objectives import Objective, Step
@@ -49,7 +49,9 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         for name in self.from_recipe: setattr(self, name, RECIPE_NAMES[name][1])
         if self.precision not in ("auto", "fp32", "fp16", "bf16"):
             raise InputError(f"precision={self.precision!r}", "TrainingArguments", "'auto', 'fp32', 'fp16' or 'bf16'")
-        if self.precision == "auto" and not (self.fp16 or self.bf16): self.precision = runtime().precision
+        here = runtime()
+        if self.precision == "auto" and not (self.fp16 or self.bf16): self.precision = here.precision
+        if here.device == "cpu": self.use_cpu = True  # or transformers refuses bf16 without a GPU
         if self.precision in ("fp16", "bf16"): setattr(self, self.precision, True)
         super().__post_init__()
 
@@ -192,7 +194,7 @@ class Trainer(_Running):
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
         objective = loss if isinstance(loss, Objective) else Objective(loss or InfoNCE(self.recipe.temperature))
         also_known = [o for o in (dev, *known) if o is not None]
-        index = index_groups(groups, also_known, prompt_of(model, "query"), self.recipe.instruction_format)
+        index = index_groups(groups, also_known, model)
         self.source = Source(model, index, args.tokens_per_forward or BUDGET.get(model.device.type, 4096), args.positives, args.negatives)
         self.facts = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}
         evaluator = DevEvaluator(dev, corpus) if dev is not None and corpus is not None else None
