@@ -141,9 +141,10 @@ def batch_labels(
 # %% ../nbs/60_batching.ipynb #a5e7ab22
 def _from_tokens(source, q, d, labels):
     "Forwards of queries `q` and documents `d` from stored tokens, as (positions, features)."
-    rows = [source.queries[i] for i in q] + [source.documents[i] for i in d]
+    queries, documents = source.stores["query"], source.stores["document"]
+    rows = [queries[i] for i in q] + [documents[i] for i in d]
     lengths, n = np.array([len(row) for row in rows]), len(q)
-    prompts = np.concatenate([source.queries.prompt_lengths[q], source.documents.prompt_lengths[d]])
+    prompts = np.concatenate([queries.prompt_lengths[q], documents.prompt_lengths[d]])
     labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max())
     plan = plan_forwards(source.layout, lengths, source.budget, prompts, np.arange(len(rows)) >= n)
     return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]])) for here in plan]
@@ -168,7 +169,7 @@ class Source(torch.utils.data.Dataset):
         positives=None, # positives a group, drawn anew each epoch; all without it
         negatives=None, # own negatives a group, drawn anew each epoch; all without it
     ):
-        self.layout, self.arrays, self.budget, self.draws = layout_of(model), index.arrays, budget, (positives, negatives)
+        self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
         prompts, queries = zip(*index.queries)
         document = prompt_of(model, "document")
         if self.layout.name == "text":
@@ -176,7 +177,7 @@ class Source(torch.utils.data.Dataset):
             self.model, self.texts = model, {"query": index.queries, "document": [(document, o) for o in index.documents]}
         else:
             one = prompts[0] if len(set(prompts)) == 1 else list(prompts)
-            self.queries, self.documents = tokenize(model, queries, "query", one), tokenize(model, index.documents, "document", document)
+            self.stores = {"query": tokenize(model, queries, "query", one), "document": tokenize(model, index.documents, "document", document)}
 
     def __len__(self): return len(self.arrays.query)
 

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+import numpy as np
 from .comparison import compare, Comparison
 from .core import atomic_path, InputError, runtime, set_seed, versions
 from .display import hushed, say
@@ -17,6 +18,7 @@ from .encoder import load_encoder, prepare, set_dropout, set_max_length
 from .evaluation import evaluate, Evaluation
 from .groups import corpus_of
 from .texts import leaks, split_groups
+from .tokens import length_limit
 from .training import Trainer, TrainingArguments
 
 # %% ../nbs/63_experiments.ipynb #0c643257
@@ -126,6 +128,8 @@ def facts_of(trainer) -> dict:
     return {"layout": trainer.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
             "precision": "bf16" if a.bf16 else "fp16" if a.fp16 else "fp32", "loss": [str(o) for o in trainer.loss.objective.losses.values()],
             "dropout": dropout_of(trainer.model), "max_length": trainer.model.max_seq_length, **f,
+            "full_length": {role: round(float(np.mean(store.lengths >= length_limit(trainer.model, role))), 4)
+                            for role, store in trainer.source.stores.items()},
             "padding_saved": round(1 - f["computed"]/f["padded"], 4) if f["padded"] else None}
 
 

@@ -176,13 +176,17 @@ def _short(value, most=90):
     return value if not isinstance(value, str) or len(value) <= most else value[:most].rsplit(" ", 1)[0] + " …"
 
 # %% ../nbs/80_report.ipynb #cbc879ac
+_MANY = {"query": "queries", "document": "documents"}
+
+
 def _training(result):
     "What was trained on, how, and what it cost."
     facts, seconds = result.facts["training"], result.facts["seconds"]
     sizes = result.facts["groups"]
     cost = [{"part": name, "seconds": o["wall"], "CPU seconds": o["cpu"]} for name, o in seconds.items()]
     did = (f"{facts['pairs']:,} query-document pairs in {facts['steps']:,} steps of {facts['batch_size']}, from {sizes['train']:,} groups. "
-           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, texts cut at {facts['max_length']} tokens, {facts['precision']}.")
+           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read up to {facts['max_length']} tokens"
+           + "".join(f"; {share:.0%} of the {_MANY[role]} fill that" for role, share in facts["full_length"].items() if share) + ".")
     steps, losses = zip(*result.losses) if result.losses else ((), ())
     curve = [plot_loss(steps, losses)] if steps else []
     return [Heading("Training"), did, *curve, *_padding(facts), Heading("Time", 3), Table(cost, formats={"seconds": ".1f", "CPU seconds": ".1f"}),
