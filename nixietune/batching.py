@@ -39,7 +39,10 @@ def _edges(groups, documents):
     doc = np.concatenate([documents.of(part[1]) for part in parts])
     kind = np.concatenate([np.full(len(part[0]), part[4], np.int8) for part in parts])
     score, teacher = (np.concatenate([part[i] for part in parts]) for i in (2, 3))
-    order = np.lexsort((-kind, group))
+    order = np.lexsort((-kind, doc, group))  # a document that stands twice in a group counts once, as a positive if it is one
+    order = order[np.r_[True, (np.diff(group[order]) != 0) | (np.diff(doc[order]) != 0)]] if len(order) else order
+    if repeated := len(group) - len(order): say(f"documents that stand twice in their group count once: {repeated:,}")
+    order = order[np.lexsort((order, group[order]))]
     ptr = np.searchsorted(group[order], np.arange(len(groups) + 1))
     return ptr, doc[order], kind[order], score[order], teacher[order]
 

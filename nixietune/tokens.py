@@ -69,8 +69,9 @@ def tokenizer_key(
     "A fingerprint of everything in `model` that decides how it tokenises."
     tokenizer = getattr(model[0], "tokenizer", None)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "to_str"):  # padding and truncation are left-overs of the last call, not rules
-        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    if hasattr(backend, "to_str"):  # in transformers' tokenizers, padding and truncation are left-overs of the last call
+        left_over = () if backend is tokenizer else ("padding", "truncation")
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in left_over}
     elif hasattr(tokenizer, "get_vocab"): rules = tokenizer.get_vocab()
     else: raise InputError(f"{type(model[0]).__name__} has no tokenizer", "token store", "a text encoder")
     config = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
