@@ -87,7 +87,7 @@ def layout_of(
 # %% ../nbs/21_encoder.ipynb #ad972cab
 def _first_position(config):
     "The position number of a text's first token."
-    return config.pad_token_id + 1 if PACKABLE.get(config.model_type) == "after padding" else 0
+    return config.pad_token_id + 1 if PACKABLE.get(config.model_type) == "after padding" or config.model_type == "mpnet" else 0
 
 
 def _switch_attention(module, network):
@@ -198,6 +198,7 @@ def encode(
     finally:
         model.train(training)
         if bar: bar.close()
+    if getattr(model, "truncate_dim", None): vectors = np.ascontiguousarray(vectors[:, :model.truncate_dim])
     if normalize: vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors[[distinct[pair] for pair in zip(each, texts)]]
 
@@ -333,6 +334,7 @@ def set_max_length(
         say(f"max_length has no effect: {type(model[0]).__name__} takes texts of any length")
         return
     limit = getattr(getattr(model[0].auto_model, "config", None), "max_position_embeddings", None)
+    if limit and (first := _first_position(model[0].auto_model.config)): limit -= first  # positions that hold no token
     if limit and max(lengths.values()) > limit:
         raise InputError(f"max_length={max(lengths.values())}", "set_max_length", f"at most {limit}: there are no more positions")
     model.max_seq_length = max(lengths.values())

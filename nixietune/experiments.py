@@ -15,7 +15,7 @@ from .comparison import compare, Comparison
 from .core import atomic_path, InputError, runtime, set_seed, versions
 from .display import hushed, say
 from .encoder import load_encoder, prepare, set_dropout, set_max_length
-from .evaluation import evaluate, Evaluation
+from .evaluation import evaluate, Evaluation, relevance
 from .groups import corpus_of
 from .texts import leaks, split_groups
 from .tokens import length_limit
@@ -101,6 +101,7 @@ def finetune(
     if corpus is None:
         corpus = corpus_of(groups)
         say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
+    relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
     trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss)
     seconds = {}

@@ -103,7 +103,7 @@ def family_of(
 ) -> str: # a family's name, or "neutral"
     "Recognise the family of a model, first by name, then by configuration."
     for family, names, _, _ in _FAMILIES:
-        if re.search(names, str(name).lower()): return family
+        if re.search(names, str(name).lower().rstrip("/").split("/")[-1]): return family  # the name, not the folders above it
     for family, _, shape, settings in _FAMILIES:
         same_shape = shape and config and all(config.get(k) == v for k, v in shape.items())
         if same_shape and pooling in (None, settings["pooling"].value): return family

@@ -205,7 +205,11 @@ class Trainer(_Running):
         self.add_callback(self.bar)
 
 # %% ../nbs/62_training.ipynb #da3b066c
-def precision_in(args): return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+def precision_in(
+    args, # `TrainingArguments`
+) -> str:
+    "The precision of a run: bf16, fp16 or fp32."
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def pairs_in(

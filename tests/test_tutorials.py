@@ -8,7 +8,17 @@ from nbdev.process import extract_directives
 
 TUTORIALS = sorted((Path(__file__).parents[1] / "nbs" / "tutorials").glob("*.ipynb"))
 # what stands in the `#| params` cell of each for this test
-SMALL = {"01_quickstart": ""}
+SMALL = {"01_quickstart": "epochs, batch_size, queries = 1, 16, 48"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "What is so small gains nothing from a second thread, and waits long for it where another process has that core."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
