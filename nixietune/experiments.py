@@ -96,14 +96,15 @@ def finetune(
     **args, # any of `TrainingArguments`: num_train_epochs, learning_rate, per_device_train_batch_size, ...
 ) -> Result:
     "Measure, train, measure again, compare."
+    from datasets import concatenate_datasets
     set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed)
     if corpus is None:
-        corpus = corpus_of(groups)
+        corpus = corpus_of(concatenate_datasets([o for o in (train, dev, test) if o is not None]))
         say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
-    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss)
+    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing)
     seconds = {}
     with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing)
     with timed(seconds, "training"): trainer.train(resume)
