@@ -23,7 +23,7 @@ notebooks: install ## run notebooks and save their outputs: all, or NB=nbs/52_lo
 	@for nb in $(NB); do [ ! -f $$nb ] || set -- "$$@" $$nb; done; .venv/bin/python .ci/outputs.py "$$@"
 
 docs: install ## the site, in _docs/, and README.md
-	@PATH="$(CURDIR)/.ci/bin:$(CURDIR)/.venv/bin:$$PATH"; export PATH; nbdev_readme && nbdev_docs
+	@PATH="$(CURDIR)/.ci/bin:$(CURDIR)/.venv/bin:$$PATH"; PYTHONPATH="$(CURDIR)/.ci"; export PATH PYTHONPATH; nbdev_readme && nbdev_docs
 	@.venv/bin/python .ci/links.py _docs
 
 constraints: install ## write constraints.txt anew from what .venv has

@@ -93,9 +93,9 @@ def finetune(
     dropout=None, # chance of dropout while training; the model's own without it
     seed=0, # of everything
     resume=False, # go on where an interrupted run in `output_dir` stopped?
-    **args, # any of `TrainingArguments`: num_train_epochs, learning_rate, per_device_train_batch_size, ...
+    **args
 ) -> Result:
-    "Measure, train, measure again, compare."
+    "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
     from datasets import concatenate_datasets
     set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed)
@@ -114,7 +114,12 @@ def finetune(
     return Result(model, before, after, compare(before, after), used_recipe(trainer), trainer.state.log_history, facts)
 
 # %% ../nbs/63_experiments.ipynb #cf652269
-def ready(model, max_length=None, dropout=None, forward="auto"):
+def ready(
+    model, # a SentenceTransformer, a name or a folder
+    max_length=None, # tokens a text is cut at
+    dropout=None, # chance of dropout while training
+    forward="auto", # "auto", "packed", "bucketed" or "padded"
+): # a SentenceTransformer
     "A loaded model from a name, a folder or a model, with the lengths and the dropout that were asked for."
     if isinstance(model, (str, Path)): return load_encoder(model, forward, max_length=max_length, dropout=dropout)
     if max_length is not None: set_max_length(model, max_length)
@@ -123,7 +128,9 @@ def ready(model, max_length=None, dropout=None, forward="auto"):
     return model
 
 
-def facts_of(trainer) -> dict:
+def facts_of(
+    trainer, # a `Trainer` that has run
+) -> dict:
     "What the trainer ran with, and what padding it saved."
     a, f = trainer.args, trainer.facts
     settings = {k: getattr(a, k) for k in ("num_train_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "seed")}
@@ -135,12 +142,16 @@ def facts_of(trainer) -> dict:
             "padding_saved": round(1 - f["computed"]/f["padded"], 4) if f["padded"] else None}
 
 
-def dropout_of(model) -> float:
+def dropout_of(
+    model, # a SentenceTransformer
+) -> float:
     "The largest dropout among the model's modules."
     return max((o.p for o in model.modules() if type(o).__name__ == "Dropout"), default=0.0)
 
 
-def used_recipe(trainer):
+def used_recipe(
+    trainer, # a `Trainer`
+): # a `Recipe`
     "The recipe with the values of the run."
     a, loss = trainer.args, next(iter(trainer.loss.objective.losses.values()))
     own = {"learning_rate": a.learning_rate, "batch_size": a.per_device_train_batch_size, "epochs": a.num_train_epochs,

@@ -150,7 +150,8 @@ def tokenize(
     if (path/"parts.json").exists(): return TokenStore(path)
     changed = _what_changed(parts, folder)
     what = f"{len(texts):,} {'queries' if role == 'query' else 'documents'}"
-    say(f"tokenising {what}" + (f": other {' and '.join(changed)} than in the run before" if changed else ""))
+    why = "" if not changed else " (other texts)" if changed == ["texts"] else f": other {' and '.join(changed)} than in the run before"
+    say(f"tokenising {what}{why}")
     store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
     limit = length_limit(model, role, max_length)
     if full := int((store.lengths >= limit).sum()): say(f"{full:,} of them fill the maximum length of {limit} tokens: what is beyond it is not read")

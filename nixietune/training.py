@@ -62,9 +62,11 @@ RECIPE_NAMES = {"learning_rate": ("learning_rate", 2e-5), "per_device_train_batc
 # %% ../nbs/62_training.ipynb #d49186cc
 class Bar(TrainerCallback):
     "A progress bar over training, in query-positive pairs."
-    def __init__(self, pairs): self.pairs, self.bar, self.facts, self.done = pairs, None, {}, 0
+    def __init__(self,
+        pairs, # query-positive pairs in one epoch
+    ): self.pairs, self.bar, self.facts = pairs, None, {}
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.done = 0
         share = state.global_step/max(1, state.max_steps)
         total = round(self.pairs*state.num_train_epochs)
         self.bar = Progress(total, unit="pairs", desc="training", initial=round(total*share))
@@ -104,7 +106,12 @@ class CardCallback(SentenceTransformerModelCardCallback):
 # %% ../nbs/62_training.ipynb #8300ed39
 class DevEvaluator(BaseEvaluator):
     "Measures retrieval on dev groups while training."
-    def __init__(self, groups, corpus, missing="error", metric="ndcg@10"):
+    def __init__(self,
+        groups, # Dataset of dev groups
+        corpus, # Dataset of documents to search
+        missing="error", # positives that are not in the corpus: "error", "add" or "count"
+        metric="ndcg@10", # what `metric_for_best_model` and early stopping look at
+    ):
         super().__init__()
         self.groups, self.corpus, self.missing, self.primary_metric, self.greater_is_better = groups, corpus, missing, metric, True
 
@@ -126,7 +133,8 @@ class _Feeding(SentenceTransformerTrainer):
         args = self.args
         sampler = KeySampler(len(self.source), args.train_batch_size, args.seed if args.data_seed is None else args.data_seed)
         workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
-                       prefetch_factor=args.dataloader_prefetch_factor)
+                       prefetch_factor=args.dataloader_prefetch_factor,
+                       generator=torch.Generator())  # its own: starting workers must not move the random numbers of dropout
         self.accelerator.even_batches = False
         return self.accelerator.prepare(DataLoader(self.source, batch_sampler=sampler, collate_fn=first, **workers))
 
@@ -177,9 +185,11 @@ class _Running(_Learning):
     def announcement(self):
         "What is about to be done, in words: printed before the first step."
         a = self.args
-        lines = [f"training on {len(self.source):,} groups: {a.num_train_epochs:g} epoch(s), batch {a.train_batch_size}, "
-                 f"learning rate {a.learning_rate:g} ({self.recipe.family} recipe), {self.layout.name}, {precision_in(a)} on {a.device}",
-                 "loss: " + " + ".join(str(o) for o in self.loss.objective.losses.values())]
+        by_recipe = f" ({self.recipe.family} recipe)" if "learning_rate" in a.from_recipe else ""
+        lines = [f"training on {len(self.source):,} groups: {a.num_train_epochs:g} epoch{'s'*(a.num_train_epochs != 1)}, "
+                 f"batch {a.train_batch_size}, learning rate {a.learning_rate:g}{by_recipe}",
+                 f"texts {self.layout.name}, {precision_in(a)} on {a.device}"]
+        lines += [f"loss: {o}" for o in self.loss.objective.losses.values()]
         if a.gradient_accumulation_steps > 1:
             lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)

@@ -98,8 +98,7 @@ def test_an_objective_may_learn(make):
     (3, 5, {}),  # in the first epoch
     (3, 7, {"dataloader_num_workers": 2}),  # in the second, with batches made by workers
     (4, 5, {"forward": "bucketed"}),  # between two epochs
-    pytest.param(2, 3, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "dataloader_persistent_workers": True},
-                 marks=pytest.mark.xfail(reason="accumulation with persistent workers does not resume bit for bit yet")),
+    (2, 3, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "dataloader_persistent_workers": True}),  # accumulated, with workers that stay
 ])
 def test_resumed_equals_uninterrupted(make, save_steps, die_at, more):
     "Bit for bit, with dropout, with positives and negatives drawn anew each epoch, after a death between two checkpoints."
