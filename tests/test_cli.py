@@ -15,8 +15,6 @@ from sentence_transformers import SentenceTransformer
 from nixietune.cli import main
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
 
-pytestmark = pytest.mark.slow  # every case is a process of its own
-
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 YAML = """
 # as a user writes it
@@ -78,7 +76,7 @@ def test_train_and_evaluate(folder):
     "From a settings file to a model, figures and a report; the saved model is measured again, on the other dialect, in another process."
     status, said, errors = command("train", "run.yaml", "--epochs", "8")
     assert status == 0, errors
-    assert "120 groups, read as nixietune" in said and "training on 96 groups: 8 epoch(s), batch 16, learning rate 0.005" in said
+    assert "120 groups, read as nixietune" in said and "training on 96 groups: 8 epochs, batch 16, learning rate 0.005" in said
     assert "packed, fp32 on cpu" in said and "nDCG@10" in said and "95% interval" in said and "open report.html in a browser" in said
     out = folder / "out"
     assert sorted(o.name for o in out.iterdir()) == ["before_after.png", "loss.png", "metrics.json", "model", "report.html"]

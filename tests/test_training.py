@@ -348,7 +348,7 @@ def test_what_is_said_before_the_first_step(make, capsys):
     make(prepared := tiny_model(), learning_rate=None, per_device_train_batch_size=None).train()
     said = capsys.readouterr().out
     assert layout_of(prepared).name == "packed"
-    assert "training on 64 groups: 1 epoch(s), batch 64, learning rate 5e-05 (neutral recipe), packed, fp32 on cpu" in said
+    assert "training on 64 groups: 1 epoch, batch 64, learning rate 5e-05 (neutral recipe)\ntexts packed, fp32 on cpu\n" in said
     assert "loss: InfoNCE(temperature=0.1" in said
 
 
