@@ -10,7 +10,7 @@ __all__ = ['TRAIN', 'EVALUATE', 'DEMO', 'DEMO_SETTINGS', 'Option', 'read_value',
 import argparse, os, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .core import check_folder, check_number, InputError
+from .core import check_folder, check_range, InputError
 
 # %% ../nbs/90_cli.ipynb #617a0de2
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _read_one(option, value, where):
     try: read = option.kind(value)
     except (TypeError, ValueError): raise error from None
     if option.kind is int and isinstance(value, float) and value != read: raise error
-    if (option.least, option.above) != (None, None): check_number(option.name, read, option.least, option.above, where)
+    if (option.least, option.above) != (None, None): check_range(option.name, read, option.least, option.above, where)
     return read
 
 # %% ../nbs/90_cli.ipynb #cc9cf802

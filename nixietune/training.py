@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from .batching import index_groups, KeySampler, Source
-from .core import check_folder, check_number, InputError, runtime
+from .core import check_folder, check_range, InputError, runtime
 from .display import Progress, say
 from .encoder import BUDGET, check_layout, layout_of, load_encoder, prepare
 from .evaluation import evaluate
@@ -48,7 +48,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         self.from_recipe = [name for name in RECIPE_NAMES if getattr(self, name) is None]
         for name in self.from_recipe: setattr(self, name, RECIPE_NAMES[name][1])
         check_folder(self.output_dir)
-        for name, limit in RANGES.items(): check_number(name, getattr(self, name), where="TrainingArguments", **limit)
+        for name, limit in RANGES.items(): check_range(name, getattr(self, name), where="TrainingArguments", **limit)
         if self.precision not in ("auto", "fp32", "fp16", "bf16"):
             raise InputError(f"precision={self.precision!r}", "TrainingArguments", "'auto', 'fp32', 'fp16' or 'bf16'")
         here = runtime()
