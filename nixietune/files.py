@@ -318,7 +318,7 @@ def raise_faults(
     "One `InputError` for all faults, the first twenty with file and line; none when all is well."
     for scan in scans:
         if not scan.rows + scan.faults:
-            scan.fault(scan.where, InputError(f"no {scan.what}s in it", expected="one a line"))
+            scan.fault(scan.where, InputError(f"no {scan.what}s in it", expected="at least one"))
     bad, faults = [o for scan in scans for o in scan.bad], sum(o.faults for o in scans)
     if faults == 1: raise InputError(bad[0][1].what, bad[0][0], bad[0][1].expected)
     if faults: raise InputError("\n  ".join([f"{faults:,} faults in {sum(o.rows for o in scans) + faults:,} rows:",

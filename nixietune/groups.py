@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'CUT', 'finish_record', 'decided', 'records', 'with_dialect
            'table_of', 'cached', 'content_id', 'Source', 'file_source', 'collection_source', 'table_source',
            'read_split', 'cut_rows', 'hub_source', 'find_sources', 'load_table', 'arrange', 'renamed', 'type_of',
            'named', 'judged', 'load_groups', 'make_groups', 'batches', 'losses', 'read_back', 'open_text', 'write_rows',
-           'beir_parts', 'write_beir', 'write_groups', 'corpus_rows', 'load_corpus', 'corpus_sources', 'documents',
+           'beir_parts', 'write_beir', 'write_groups', 'corpus_rows', 'corpus_sources', 'load_corpus', 'documents',
            'corpus_of']
 
 # %% ../nbs/10_groups.ipynb #4a70f56e
@@ -21,7 +21,7 @@ from typing import Callable
 from .core import InputError, atomic_path, cache_folder, fingerprint, write_json
 from nixietune.dialects import (Dialect, dialect_named, DIALECTS, DOCUMENT, FEATURES, features_of, GROUP, ITEM, recognise, SIDES,
     unknown_fields)
-from .display import hushed, say, Table
+from .display import say, Table
 from .files import arrow_rows, bare_name, find_files, PACKED, raise_faults, READERS, rows_in, Scan, kind_of_file
 from .judgments import choose_split, CORPUS_KINDS, find_collection, ID_FIELDS, judged_records, read_document, TEXT_FIELDS, text_rows
 from .values import counted, kind_of, shape_of, text_id
@@ -335,7 +335,8 @@ def renamed(
 ) -> "datasets.Dataset":
     "The same groups under other names of data sets."
     if groups["dataset"][:] == names: return groups
-    with hushed(): return groups.remove_columns("dataset").add_column("dataset", names).select_columns(list(GROUP)).cast(FEATURES())
+    column = dict(name="dataset", column=names, feature=FEATURES()["dataset"])
+    return groups.remove_columns("dataset").add_column(**column).select_columns(list(GROUP))
 
 # %% ../nbs/10_groups.ipynb #2edc0b75
 def type_of(
@@ -573,6 +574,19 @@ def corpus_rows(
         yield dict(doc_id=name, text=text)
     if not given: scan.note = ", ids made from their texts"
 
+# %% ../nbs/10_groups.ipynb #1bfbddb0
+def corpus_sources(
+    source, # as for `load_corpus`
+    split:str|None=None, # of a Hub data set
+) -> tuple: # (sources, notes)
+    "The sources of a corpus: of a test collection, its documents."
+    if not isinstance(source, (str, Path)): return find_sources(source, split)
+    path = Path(source)
+    found = find_collection(path) if path.is_dir() else None
+    if found: path = found.corpus
+    if not path.is_file() or kind_of_file(path) not in CORPUS_KINDS: return find_sources(source, split)
+    return [replace(file_source(path, path), rows=partial(text_rows, path))], []
+
 
 def load_corpus(
     source, # a path, a folder, a pattern, a Hub name, a `Dataset`, a pandas frame, or a list of these
@@ -585,20 +599,6 @@ def load_corpus(
     seen = {}
     corpus, faults = load_table("document", sources, [ID_FIELDS, TEXT_FIELDS], DOCUMENT, lambda o, scan: corpus_rows(o.rows(), seen, scan), on_error)
     return corpus if on_error == "raise" else (corpus, faults)
-
-
-def corpus_sources(
-    source, # as for `load_corpus`
-    split:str|None=None, # of a Hub data set
-) -> tuple: # (sources, notes)
-    "The sources of a corpus: of a test collection, its documents."
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        found = find_collection(path) if path.is_dir() else None
-        if found or path.is_file() and kind_of_file(path) in CORPUS_KINDS: path, one = found.corpus if found else path, True
-        else: one = False
-        if one: return [replace(file_source(path, path), rows=partial(text_rows, path))], []
-    return find_sources(source, split)
 
 # %% ../nbs/10_groups.ipynb #8fb6b58c
 def documents(

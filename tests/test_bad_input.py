@@ -105,11 +105,11 @@ def test_bad_file(folder, load, what):
     (folder / "work/data.xlsx").write_text("x")
     (folder / "work/utf16.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
     for name, found, expected in (
-        ("empty.jsonl", f"no {what} in it", "one JSON object a line"),
-        ("blank.jsonl", f"no {what} in it", "one JSON object a line"),
-        ("absent.jsonl", "no such file", "an existing file (.jsonl"),
-        ("folder.jsonl", "this is a folder", "a file (.jsonl"),
-        ("data.xlsx", "a file of the kind '.xlsx' cannot be read", "one of .jsonl"),
+        ("empty.jsonl", f"no {what} in it", "at least one"),
+        ("blank.jsonl", f"no {what} in it", "at least one"),
+        ("absent.jsonl", "no such file", "a file of the kind .jsonl"),
+        ("folder.jsonl", "no data in this folder", "a file of the kind .jsonl"),
+        ("data.xlsx", "a file of the kind '.xlsx' cannot be read", "a file of the kind .jsonl"),
         ("utf16.jsonl:1", "byte 0xff at position 1 is not UTF-8", "a file saved as UTF-8 (this looks like UTF-16)"),
     ):
         message = complaint(folder, lambda: load(name.removesuffix(":1")))
@@ -119,21 +119,39 @@ def test_bad_file(folder, load, what):
 
 
 def test_all_faults_in_one_error(folder):
-    rows = [line(GOOD), *[line(GOOD, query="")] * 6, b"", line(GOOD), *[b"{"] * 8]
+    rows = [line(GOOD), *[line(GOOD, query="")] * 6, b"", line(GOOD), *[b"{"] * 18]
     (folder / "work/a.jsonl").write_bytes(b"\n".join(rows))
     (folder / "work/b.jsonl").write_bytes(line(BGE, pos=[]) + b"\n" + line(BGE) + b"\n")
     message = complaint(folder, lambda: load_groups(["a.jsonl", "b.jsonl"])).splitlines()
-    assert message[0] == "15 faults in 18 rows:"
+    assert message[0] == "25 faults in 28 rows:"
     assert message[1] == "  a.jsonl:2: `query` is empty; expected a text"
-    assert [o.split(":")[1] for o in message[1:11]] == [*"234567", "10", "11", "12", "13"]
-    assert message[11:] == ["  ... and 5 more"]
+    assert [int(o.split(":")[1]) for o in message[1:21]] == [*range(2, 8), *range(10, 24)]
+    assert message[21:] == ["  ... and 5 more"]
 
 
-def test_a_file_spread_over_lines(folder):
-    "The sample of nixietune's first README, pasted as it is printed."
-    (folder / "work/readme.jsonl").write_text(json.dumps(GOOD, indent=4))
-    message = complaint(folder, lambda: load_groups("readme.jsonl"))
-    assert "readme.jsonl:1: not JSON" in message and "spread over several lines" in message
+README = """{
+    "query": "pizza",
+    "pos": [
+        {"doc": "Standard Serious Pizza", "score": 1.0},
+        {"doc": "60 Seconds to Napoli", "score": 1.0},
+    ],
+    "neg": [
+        {"doc": "Burgermeister", "score": 0.0},
+        {"doc": "Risa Chicken", "score": 0.0}
+    ]
+}
+"""
+
+
+def test_the_sample_of_a_manual(folder):
+    "nixietune's first README, pasted as it is printed: both faults are named, and the line is shown as it should be."
+    (folder / "work/readme.jsonl").write_text(README + json.dumps(GOOD) + "\n" + README)
+    first, second = complaint(folder, lambda: load_groups("readme.jsonl")).splitlines()[1:]
+    found = "not JSON Lines: an object spread over 11 lines, and a comma before a closing bracket; expected it on one line: "
+    assert first.startswith(f"  readme.jsonl:1: {found}") and second.startswith(f"  readme.jsonl:13: {found}")
+    (folder / "work/mended.jsonl").write_text(first.split("on one line: ")[1])
+    (folder / "cache2").mkdir()
+    assert [o["doc"] for o in load_groups("mended.jsonl")[0]["neg"]] == ["Burgermeister", "Risa Chicken"]
 
 
 def test_dialects_are_not_guessed(folder, capsys):
@@ -145,7 +163,7 @@ def test_dialects_are_not_guessed(folder, capsys):
     assert complaint(folder, lambda: load_groups("two.jsonl", dialect="bge")).startswith("two.jsonl:1: `pos[0]` is an object; expected a text")
     message = complaint(folder, lambda: load_groups("none.jsonl"))
     assert message.startswith("none.jsonl:1: no known dialect: `question` (a text), `answer` (the number 7); expected nixietune {")
-    assert "expected one of nixietune, bge" in complaint(folder, lambda: load_groups("none.jsonl", dialect="bgee"))
+    assert "expected one of nixietune, nixietune-lists" in complaint(folder, lambda: load_groups("none.jsonl", dialect="bgee"))
 
 
 def test_an_id_stands_for_one_query(folder):
