@@ -26,9 +26,9 @@ class Option:
 
 
 _SHARED = [
-    Option("groups", str, "groups to learn from or to measure on: one or several JSONL files", many=True),
-    Option("dialect", str, "how they are written: 'nixietune' or 'bge'; recognised without it"),
-    Option("corpus", str, "documents to search, a JSONL file; those of the groups without it"),
+    Option("groups", str, "groups to learn from or to measure on: files, folders, patterns", many=True),
+    Option("dialect", str, "how they are written, as 'nixietune', 'bge', 'rag', 'columns'; recognised without it"),
+    Option("corpus", str, "documents to search, a file or a test collection; those of the groups without it"),
     Option("missing", str, "positives that are not in the corpus: 'error', 'add' or 'count'", "error"),
     Option("max_length", int, "tokens that a text is cut at; the model's own without it"),
 ]
@@ -44,8 +44,9 @@ TRAIN = [
     Option("learning_rate", float, "peak learning rate", above=0),
     Option("temperature", float, "of InfoNCE", above=0),
     Option("in_batch", bool, "are other queries' documents negatives? (--no-in-batch: only the own)", True),
-    Option("positives", int, "positives a group in a batch", 4, least=1),
-    Option("negatives", int, "own negatives a group in a batch", 8, least=0),
+    Option("positives_per_query", int, "positives of a group, drawn anew each epoch", 1, least=1),
+    Option("train_group_size", int, "one more than the own negatives of a group, drawn anew each epoch", 8, least=1),
+    Option("shuffle_ratio", float, "chance that a long positive is read with its thirds in another order", 0.0, least=0),
     Option("dropout", float, "chance of dropout; the model's own without it"),
     Option("precision", str, "'auto', 'fp32', 'fp16' or 'bf16'", "auto"),
     Option("forward", str, "'auto', 'packed', 'bucketed' or 'padded'", "auto"),
@@ -157,7 +158,7 @@ def train(settings, command=""):
     groups, dev, test = (load_groups(s[name], s["dialect"]) if s[name] else None for name in ("groups", "dev", "test"))
     corpus = load_corpus(s["corpus"]) if s["corpus"] else None
     known = {"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
-             "positives": "positives", "negatives": "negatives", "precision": "precision", "forward": "forward",
+             **{o: o for o in ("positives_per_query", "train_group_size", "shuffle_ratio")}, "precision": "precision", "forward": "forward",
              "gradient_accumulation_steps": "accumulate"}
     args = {ours: s[name] for ours, name in known.items() if s[name] is not None}
     if s["save_steps"]: args |= dict(save_strategy="steps", save_steps=s["save_steps"])

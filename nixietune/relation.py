@@ -45,6 +45,7 @@ def relate(
     relation = torch.full(shape, NEG, dtype=torch.int8, device=rows.device)
     relation[rows[kind == OWN], cols[kind == OWN]] = OWN
     place, there = places_of(batch["known"][1], batch["d_id"])
+    relation[rows[kind == SKIP], cols[kind == SKIP]] = SKIP  # only scored: neither positive nor negative
     relation[batch["known"][0][there], place[there]] = SKIP  # after OWN: a known positive is nobody's negative
     relation[rows[kind == POS], cols[kind == POS]] = POS
     score, teacher = (_spread(batch[name], rows, cols, shape) for name in ("score", "teacher"))

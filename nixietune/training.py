@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
-from .batching import index_groups, KeySampler, Source
+from .batching import counts, index_groups, KeySampler, shortages, Source
 from .core import check_folder, check_range, InputError, runtime
 from .display import Progress, say
 from .encoder import BUDGET, check_layout, layout_of, load_encoder, prepare
@@ -37,8 +37,9 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     precision: str = field(default="auto", metadata={"help": "'auto' by the hardware, or 'fp32', 'fp16', 'bf16'"})
     forward: str = field(default="auto", metadata={"help": "'auto', 'packed', 'bucketed' or 'padded'"})
     tokens_per_forward: int|None = field(default=None, metadata={"help": "tokens that one forward holds; by device without it"})
-    positives: int|None = field(default=4, metadata={"help": "positives a group in a batch, drawn anew each epoch; None for all"})
-    negatives: int|None = field(default=8, metadata={"help": "own negatives a group in a batch, drawn anew each epoch; None for all"})
+    positives_per_query: int|None = field(default=1, metadata={"help": "positives of a group, drawn anew each epoch; None for all"})
+    train_group_size: int|None = field(default=8, metadata={"help": "one more than the own negatives of a group, drawn anew each epoch; None for all"})
+    shuffle_ratio: float = field(default=0.0, metadata={"help": "chance that a long positive is read with its thirds in another order"})
     logging_steps: float = field(default=0.01, metadata={"help": "log every so many steps, or every such share of them below 1"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a loss that is not a number is an error, never logged as 0"})
     save_strategy: str = field(default="no", metadata={"help": "'no', 'steps' or 'epoch'"})
@@ -61,7 +62,8 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
 RECIPE_NAMES = {"learning_rate": ("learning_rate", 2e-5), "per_device_train_batch_size": ("batch_size", 64),
                 "num_train_epochs": ("epochs", 1), "warmup_steps": ("warmup", 0.1)}
 RANGES = {"learning_rate": {"above": 0}, "num_train_epochs": {"above": 0}, "per_device_train_batch_size": {"least": 1},
-          "warmup_steps": {"least": 0}, "positives": {"least": 1}, "negatives": {"least": 0}, "tokens_per_forward": {"least": 1},
+          "warmup_steps": {"least": 0}, "positives_per_query": {"least": 1}, "train_group_size": {"least": 1},
+          "shuffle_ratio": {"least": 0}, "tokens_per_forward": {"least": 1},
           "gradient_accumulation_steps": {"least": 1}, "logging_steps": {"above": 0}, "save_steps": {"above": 0}, "seed": {"least": 0}}
 
 # %% ../nbs/62_training.ipynb #d49186cc
@@ -220,13 +222,16 @@ class Trainer(_Running):
         objective = loss if isinstance(loss, Objective) else Objective(loss or InfoNCE(self.recipe.temperature))
         also_known = [o for o in (dev, *known) if o is not None]
         index = index_groups(groups, also_known, model)
-        self.source = Source(model, index, args.tokens_per_forward or BUDGET.get(model.device.type, 4096), args.positives, args.negatives)
+        negatives = None if args.train_group_size is None else args.train_group_size - 1
+        for shortage in shortages(index.arrays, negatives): say(shortage)
+        self.source = Source(model, index, args.tokens_per_forward or BUDGET.get(model.device.type, 4096),
+                             args.positives_per_query, negatives, args.shuffle_ratio)
         self.facts = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
         super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective), evaluator=evaluator,
                          data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
-        self.bar = Bar(pairs_in(index.arrays, args.positives))
+        self.bar = Bar(pairs_in(index.arrays, args.positives_per_query))
         self.add_callback(self.bar)
         self.add_callback(GradientCheck())
 
@@ -243,7 +248,7 @@ def pairs_in(
     most=None, # positives a group in a batch; all without it
 ) -> int:
     "Query-positive pairs that one epoch trains on."
-    positives = np.add.reduceat(np.append(arrays.kind, 0) == POS, arrays.ptr[:-1])
+    positives = counts(arrays, POS)
     return int(np.minimum(positives, most or positives.max()).sum())
 
 

@@ -116,7 +116,7 @@ def test_bge_with_flags(folder, capsys):
     lines = (folder / "bge.jsonl").read_text().splitlines(keepends=True)
     for name, some in (("train", lines[:60]), ("dev", lines[60:70]), ("test", lines[70:])): (folder / f"{name}.jsonl").write_text("".join(some))
     flags = "--groups train.jsonl --dev dev.jsonl --test test.jsonl --dialect bge --model tiny --output out --precision fp32 --no-in-batch"
-    assert main(["train", *flags.split(), "--negatives", "1", "--batch-size", "16", "--missing", "add", "--forward", "bucketed"]) == 0
+    assert main(["train", *flags.split(), "--train-group-size", "2", "--batch-size", "16", "--missing", "add", "--forward", "bucketed"]) == 0
     said = capsys.readouterr().out
     assert "60 groups, read as bge" in said or "train.jsonl: 60 groups" in said
     assert "in_batch=False" in said and "bucketed" in said and "no corpus was given" in said
@@ -155,8 +155,8 @@ def not_yaml(folder): (folder / "run.yaml").write_text("groups: [toy.jsonl\n")
     (nothing, "--batch-size 1.5", "batch_size is '1.5'; expected a whole number"),
     (nothing, "--learning-rate -1", "learning_rate is "),
     (nothing, "--temperature 0", "temperature"),
-    (nothing, "--positives 0", "positives is "),
-    (nothing, "--negatives -1", "negatives is "),
+    (nothing, "--positives-per-query 0", "positives_per_query is "),
+    (nothing, "--train-group-size 0", "train_group_size is "),
     (nothing, "--accumulate 0", "accumulate is "),
     (nothing, "--save-steps -1", "save_steps is "),
     (nothing, "--seed -1", "seed is "),

@@ -104,7 +104,7 @@ def test_resumed_equals_uninterrupted(make, save_steps, die_at, more):
     "Bit for bit, with dropout, with positives and negatives drawn anew each epoch, after a death between two checkpoints."
     def run(folder, resume=False, **args):
         model = tiny_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-        trainer = make(model, toy_groups(64, negatives=3), folder, num_train_epochs=2, negatives=1, **more, **args)
+        trainer = make(model, toy_groups(64, negatives=3), folder, num_train_epochs=2, train_group_size=2, **more, **args)
         trainer.train(resume=resume)
         return trainer
 
