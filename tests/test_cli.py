@@ -13,6 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from nixietune.cli import main
+from nixietune.groups import load_groups, write_groups
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -109,6 +110,22 @@ def test_train_and_evaluate(folder):
     before = everything(folder)
     assert main(["train", "run.yaml"]) == 2  # not over an earlier run
     assert everything(folder) == before
+
+
+def test_a_collection(folder, capsys):
+    "A test collection by its splits, faulty judgments left out on request."
+    write_groups(load_groups("toy.jsonl").select(range(80)), "set", "beir", split="train")
+    write_groups(load_groups("toy.jsonl").select(range(80, 120)), "other", "beir")
+    capsys.readouterr()
+    flags = "--groups set --split train --test other --corpus corpus.jsonl --model tiny --output out --precision fp32 --missing add --batch-size 16"
+    assert main(["train", *flags.split()]) == 0
+    assert "the judged queries of queries.jsonl with documents of corpus.jsonl" in capsys.readouterr().out
+    assert json.loads((folder / "out/metrics.json").read_text())["facts"]["groups"]["test"] == 40
+    with open("set/qrels/train.tsv", "a") as file: file.write("q1\td1\thigh\n")
+    assert main(["evaluate", "--groups", "set", "--model", "tiny"]) == 2
+    assert "the grade is .high." in capsys.readouterr().err.replace(chr(39), ".")
+    assert main(["evaluate", "--groups", "set", "--model", "tiny", "--on-error", "skip"]) == 0
+    assert "1 faulty row skipped" in capsys.readouterr().out
 
 
 def test_bge_with_flags(folder, capsys):

@@ -1,0 +1,93 @@
+"What a batch draws, and what documents are that nobody calls positive or negative."
+import numpy as np
+import pytest
+import torch
+
+from nixietune.batching import BatchKey, batch_labels, counts, draw, index_groups, shortages, Source
+from nixietune.groups import make_groups
+from nixietune.losses import InfoNCE
+from nixietune.objectives import Objective
+from nixietune.relation import NEG, OWN, POS, relate, SKIP
+from nixietune.testing import tiny_model, toy_groups
+from nixietune.training import Trainer, TrainingArguments
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch): monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
+
+
+def mixed():
+    "A query with a positive and a negative, one with scored documents only, one that is a text and nothing else."
+    return make_groups([{"query": "a", "pos": [{"doc": "p"}], "neg": [{"doc": "n"}]},
+        {"query": "b", "pos": [], "scored": [{"doc": "s1", "teacher": 0.9}, {"doc": "p", "teacher": 0.1}]}], "nixietune")
+
+
+def test_scored_documents_teach_nobody_by_themselves():
+    "For their own query they are left out, with their numbers; for others they are in-batch negatives like any document."
+    index = index_groups(mixed())
+    assert index.arrays.kind.tolist() == [POS, OWN, SKIP, SKIP]
+    labels, _, documents = batch_labels(index.arrays, BatchKey(0, 0, (0, 1), 0))
+    texts = [index.documents[i] for i in documents]
+    relation = relate(labels)
+    found = [{text: (kind, None if np.isnan(teacher) else round(teacher, 3)) for text, kind, teacher in zip(texts, kinds, teachers)}
+        for kinds, teachers in zip(relation.kind.tolist(), relation.teacher.tolist())]
+    assert found[0] == {"p": (POS, None), "n": (OWN, None), "s1": (NEG, None)}
+    assert found[1] == {"p": (SKIP, 0.1), "n": (NEG, None), "s1": (SKIP, 0.9)}
+    own = relate(labels, "own")
+    assert own.kind.tolist() == [[POS, OWN], [SKIP, SKIP]]
+    assert own.teacher[1].tolist() == pytest.approx([0.9, 0.1])
+
+    torch.manual_seed(0)
+    q, d = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    terms = Objective(InfoNCE(0.1))(q, d, labels)["InfoNCE"]
+    assert terms.weight.tolist() == [1, 0]
+    (terms.value * terms.weight).sum().backward()
+    assert not q.grad[1].any() and q.grad[0].any()
+
+
+@pytest.mark.parametrize("positives, negatives", [(1, 3), (2, 0), (None, None), (5, 9)])
+def test_draws(positives, negatives):
+    "As many as asked for and there, each once, the same for the same key, others in other epochs."
+    rows = [{"query": f"q{i}", "pos": [f"p{i}{j}" for j in range(1 + i % 3)], "neg": [f"n{i}{j}" for j in range(i % 6)]} for i in range(12)]
+    arrays = index_groups(make_groups(rows)).arrays
+    seen = {}
+    for epoch in range(40):
+        for row in range(12):
+            edges = draw(arrays, BatchKey(epoch, 0, (row,), 7), row, positives, negatives)
+            assert len({*edges.tolist()}) == len(edges)
+            kinds = arrays.kind[edges]
+            assert (kinds == POS).sum() == min(1 + row % 3, positives or 9) and (kinds == OWN).sum() == min(row % 6, 9 if negatives is None else negatives)
+            assert (edges == draw(arrays, BatchKey(epoch, 5, (1, row), 7), row, positives, negatives)).all()
+            seen.setdefault(row, set()).update(edges.tolist())
+    for row in range(12):  # in time, everything is drawn
+        if negatives != 0: assert len(seen[row]) == arrays.ptr[row + 1] - arrays.ptr[row]
+
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    groups = make_groups([{"query": "a", "pos": ["p"], "neg": ["n"]}, {"query": "b", "pos": ["r"]}, {"query": "c", "pos": ["s"], "neg": ["t"] + [f"u{i}" for i in range(9)]}])
+    arrays = index_groups(groups).arrays
+    assert counts(arrays, OWN).tolist() == [1, 0, 10] and list(shortages(arrays, 1)) == [
+        "1 of 3 groups have fewer than 1 negatives of their own (1 have none): they are used as they are"]
+    assert list(shortages(index_groups(mixed()).arrays, 0)) == ["1 of 2 groups have no positive: a loss that contrasts learns nothing from them"]
+    assert list(shortages(index_groups(make_groups([{"query": "a"}], "texts")).arrays)) == ["1 of 1 groups have no positive: a loss that contrasts learns nothing from them"]
+    capsys.readouterr()
+    trainer = Trainer(tiny_model(), TrainingArguments(str(tmp_path / "run"), precision="fp32"), groups)
+    assert "2 of 3 groups have fewer than 7 negatives of their own (1 have none)" in capsys.readouterr().out
+    assert trainer.source.draws == (1, 7)
+
+
+def test_reordered_positives():
+    "Long positives only, the same in an epoch for every query, as often as was asked for; the vocabulary stays."
+    long, model = "one two three four five six " * 8, tiny_model()
+    groups = make_groups([{"query": "q", "pos": [long], "neg": [long + "seven"]}, {"query": "r", "pos": ["short"]}])
+    index = index_groups(groups)
+    whole, shuffled = Source(model, index, 10_000), Source(model, index, 10_000, shuffle_ratio=0.5)
+    texts = lambda source, epoch: sorted(bytes(o.numpy()) for pack in [source[BatchKey(epoch, 0, (0, 1), 3)]["packs"][0]]
+        for o in pack["input_ids"][0].split(pack["cu_seq_lens_q"].diff().tolist()))
+    changed = sum(texts(whole, epoch) != texts(shuffled, epoch) for epoch in range(200))
+    assert 60 < changed < 140
+    for epoch in range(20): assert len({*texts(whole, epoch)} & {*texts(shuffled, epoch)}) >= 4 - 1
+
+
+def test_groups_without_own_negatives_say_nothing(capsys):
+    assert list(shortages(index_groups(toy_groups(8, negatives=0)).arrays, 7)) == []
