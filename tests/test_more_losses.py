@@ -1,0 +1,209 @@
+"Each loss equals sentence-transformers' own, or the formula of the seed written out in float64, in value and gradient; and nothing breaks it."
+import pytest
+import torch
+from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.util import cos_sim, pairwise_angle_sim, pairwise_cos_sim
+
+from nixietune.losses import BatchKL, Contrastive, CoSENT, Cosine, grades, InfoNCE, KL, MarginMSE, Triplet
+from nixietune.objectives import Objective
+from nixietune.relation import NEG, OWN, POS, Relation, SKIP
+from nixietune.similarities import SIMILARITIES
+
+NAN = float("nan")
+
+
+def pairs(n=24, dim=10, seed=0, labels=None, dtype=torch.float64):
+    "Queries with a document each, and a label for each pair."
+    g = torch.Generator().manual_seed(seed)
+    q, d = (torch.randn(n, dim, generator=g, dtype=dtype).requires_grad_() for _ in "qd")
+    label = torch.rand(n, generator=g) if labels is None else torch.randint(0, 2, (n,), generator=g).float()
+    kind = torch.full((n,), SKIP) if labels is None else torch.where(label == 1, POS, OWN)
+    return q, d, label, batch_of(torch.arange(n), torch.arange(n), kind, label if labels is None else None, n=n)
+
+
+def batch_of(rows, cols, kind, score=None, teacher=None, n=None):
+    e = len(rows)
+    return {"q_id": torch.arange(n), "d_id": torch.arange(int(cols.max()) + 1), "edges": torch.stack([rows, cols]), "kind": kind.to(torch.int8),
+        "score": torch.full((e,), NAN) if score is None else score, "teacher": torch.full((e,), NAN) if teacher is None else teacher,
+        "known": torch.zeros(2, 0, dtype=torch.int64)}
+
+
+def groups(n=8, negatives=3, dim=10, seed=0):
+    "Queries with a positive and negatives of their own, and a teacher's score for each; documents in the order pos, neg, neg, ..."
+    g = torch.Generator().manual_seed(seed)
+    q, *columns = (torch.randn(n, dim, generator=g, dtype=torch.float64).requires_grad_() for _ in range(negatives + 2))
+    k = negatives + 1
+    rows = torch.arange(n).repeat_interleave(k)
+    kind = torch.tensor([POS] + [OWN] * negatives).repeat(n)
+    teacher = torch.rand(n, k, generator=g, dtype=torch.float32) * 8
+    return q, columns, teacher, batch_of(rows, torch.arange(n * k), kind, teacher=teacher.flatten(), n=n)
+
+
+def ours(loss, q, d, batch, precise=True):
+    "The loss of a step, computed in float64 so that only formulas are compared."
+    from nixietune.relation import relate
+    relation = relate(batch, loss.view)
+    terms = loss(SIMILARITIES[loss.similarity](q, d, relation.cols), relation)
+    return (terms.value * terms.weight).sum() / len(batch["q_id"])
+
+
+def same(mine, other, *leaves, tolerance=1e-6):
+    assert mine.item() == pytest.approx(other.item(), abs=tolerance, rel=tolerance)
+    for a, b in zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(other, leaves)):
+        assert torch.allclose(a, b, atol=tolerance, rtol=1e-5) and b.abs().sum() > 0
+
+
+def loss_of(name, **options): return getattr(theirs, name)(model=None, **options)
+
+
+def test_cosine():
+    q, d, label, batch = pairs()
+    same(ours(Cosine(), q, d, batch), loss_of("CosineSimilarityLoss").compute_loss_from_embeddings([q, d], label.double()), q, d)
+
+
+@pytest.mark.parametrize("labels", [None, "classes"])
+def test_contrastive(labels):
+    q, d, label, batch = pairs(labels=labels)
+    same(ours(Contrastive(), q, d, batch), loss_of("ContrastiveLoss").compute_loss_from_embeddings([q, d], label), q, d)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_online_contrastive(seed):
+    "Theirs is the sum over the batch, ours divided by its queries."
+    q, d, label, batch = pairs(labels="classes", seed=seed)
+    same(ours(Contrastive(online=True), q, d, batch) * len(q), loss_of("OnlineContrastiveLoss").compute_loss_from_embeddings([q, d], label), q, d)
+
+
+def test_online_contrastive_with_one_kind():
+    for wanted in (0, 1):
+        q, d, label, batch = pairs(labels="classes")
+        batch["kind"] = torch.full_like(batch["kind"], POS if wanted else OWN)
+        same(ours(Contrastive(online=True, margin=1.5), q, d, batch) * len(q),
+            loss_of("OnlineContrastiveLoss", margin=1.5).compute_loss_from_embeddings([q, d], torch.full_like(label, wanted)), q, d)
+
+
+@pytest.mark.parametrize("similarity, metric, margin", [("euclidean", "EUCLIDEAN", 5.0), ("cos", "COSINE", 0.4)])
+def test_triplet(similarity, metric, margin):
+    from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
+    q, (p, n), _, batch = groups(negatives=1)
+    d = torch.stack([p, n], 1).flatten(0, 1)
+    other = loss_of("TripletLoss", distance_metric=getattr(TripletDistanceMetric, metric), triplet_margin=margin)
+    same(ours(Triplet(margin, similarity=similarity), q, d, batch), other.compute_loss_from_embeddings([q, p, n], None), q, p, n, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("labels", [None, "classes"])
+@pytest.mark.parametrize("name, similarity", [("CoSENTLoss", "cos"), ("AnglELoss", "angle")])
+def test_cosent_and_angle(labels, name, similarity):
+    q, d, label, batch = pairs(labels=labels)
+    same(ours(CoSENT(similarity=similarity), q, d, batch), loss_of(name).compute_loss_from_embeddings([q, d], label), q, d)
+
+
+def test_cosent_with_equal_grades_has_nothing_to_learn():
+    q, d, _, batch = pairs()
+    loss = ours(CoSENT(), q, d, batch | {"score": torch.full((24,), 0.5)})
+    assert loss.item() == 0 and not any(o.any() for o in torch.autograd.grad(loss, (q, d)))
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_margin_mse(negatives):
+    q, columns, teacher, batch = groups(negatives=negatives)
+    d = torch.stack(columns, 1).flatten(0, 1)
+    same(ours(MarginMSE(), q, d, batch), loss_of("MarginMSELoss").compute_loss_from_embeddings([q, *columns], teacher.double()), q, *columns, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("student, teacher_temperature", [(1.0, 1.0), (0.5, 2.0)])
+def test_kl(student, teacher_temperature):
+    "Theirs is multiplied by the square of the student's temperature."
+    q, columns, teacher, batch = groups()
+    d = torch.stack(columns, 1).flatten(0, 1)
+    other = loss_of("DistillKLDivLoss", similarity_fct=pairwise_cos_sim, student_temperature=student, teacher_temperature=teacher_temperature)
+    same(ours(KL(student, teacher_temperature), q, d, batch) * student**2, other.compute_loss_from_embeddings([q, *columns], teacher.double()), q, *columns)
+
+
+def test_kl_as_in_flagembedding():
+    "kl_div: InfoNCE over the batch and the cross-entropy to the teacher over the group, both at one temperature, added up."
+    q, columns, teacher, batch = groups()
+    d, tau, k = torch.stack(columns, 1).flatten(0, 1), 0.02, 4
+    scores = cos_sim(q, d) / tau
+    local = torch.stack([scores[i, i * k:(i + 1) * k] for i in range(len(q))])
+    wanted = -(teacher.double().softmax(1) * local.log_softmax(1)).sum(1).mean() + torch.nn.functional.cross_entropy(scores, torch.arange(len(q)) * k)
+    same(ours(KL(tau, entropy=False), q, d, batch) + ours(InfoNCE(tau), q, d, batch), wanted, q, *columns)
+    both = Objective([InfoNCE(tau), KL(tau, entropy=False)])
+    found = sum((o.value * o.weight).sum() / len(q) for o in both(q.float(), d.float(), batch).values())
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_batch_kl_as_in_rag_retrieval():
+    q, d, label, batch = pairs()
+    batch |= {"teacher": label, "score": torch.full_like(label, NAN)}
+    target = (label.double() / 0.02).softmax(0)
+    wanted = (target * (target.log() - (pairwise_cos_sim(q, d) / 0.02).log_softmax(0))).sum() / len(q)
+    same(ours(BatchKL(), q, d, batch), wanted, q, d)
+
+
+# ---- what every loss does
+
+LOSSES = [InfoNCE(), InfoNCE(in_batch=False), Cosine(), Contrastive(), Contrastive(online=True), Triplet(), Triplet(0.3, True, "cos"), CoSENT(),
+    CoSENT(similarity="angle"), KL(), BatchKL(), MarginMSE()]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+
+
+def mixed(seed=0, n=5):
+    "Groups with everything: grades here and there, a teacher here and there, documents that are left out."
+    g = torch.Generator().manual_seed(seed)
+    q, d = (torch.randn(m, 6, generator=g, dtype=torch.float64) for m in (n, 3 * n))
+    rows = torch.arange(n).repeat_interleave(3)
+    kind = torch.tensor([POS, OWN, SKIP]).repeat(n)
+    some = lambda: torch.where(torch.rand(3 * n, generator=g) < 0.7, torch.rand(3 * n, generator=g), NAN)
+    return q, d, batch_of(rows, torch.arange(3 * n), kind, some(), some(), n=n)
+
+
+@each_loss
+def test_gradients(loss):
+    q, d, batch = mixed()
+    assert torch.autograd.gradcheck(lambda q, d: ours(loss, q, d, batch), (q.requires_grad_(), d.requires_grad_()), atol=1e-5)
+
+
+@each_loss
+def test_order_does_not_matter(loss):
+    q, d, batch = mixed()
+    new_q, new_d, edges = torch.randperm(len(q)), torch.randperm(len(d)), torch.randperm(15)
+    place_q, place_d = new_q.argsort(), new_d.argsort()
+    moved = {k: v[edges] for k, v in batch.items() if k in ("kind", "score", "teacher")} | {"q_id": batch["q_id"], "d_id": batch["d_id"], "known": batch["known"],
+        "edges": torch.stack([place_q[batch["edges"][0]], place_d[batch["edges"][1]]])[:, edges]}
+    assert ours(loss, q[new_q], d[new_d], moved).item() == pytest.approx(ours(loss, q, d, batch).item(), abs=1e-9)
+
+
+def hard_cases():
+    one = torch.randn(1, 6)
+    yield "one query, one document", one, torch.randn(1, 6), batch_of(torch.tensor([0]), torch.tensor([0]), torch.tensor([POS]), n=1)
+    yield "one query, its own vector", one, one.clone(), batch_of(torch.tensor([0]), torch.tensor([0]), torch.tensor([POS]), torch.tensor([1.0]), torch.tensor([1.0]), n=1)
+    yield "all left out", torch.randn(2, 6), torch.randn(2, 6), batch_of(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([SKIP, SKIP]), n=2)
+    yield "negatives only", torch.randn(2, 6), torch.randn(2, 6), batch_of(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([OWN, OWN]), n=2)
+    yield "no documents of its own", torch.randn(2, 6), torch.randn(1, 6), batch_of(torch.tensor([0]), torch.tensor([0]), torch.tensor([POS]), n=2)
+    yield "all the same", torch.ones(3, 6), torch.ones(6, 6), batch_of(torch.arange(3).repeat_interleave(2), torch.arange(6), torch.tensor([POS, OWN] * 3), teacher=torch.ones(6), n=3)
+    yield "zero vectors", torch.zeros(2, 6), torch.zeros(4, 6), batch_of(torch.arange(2).repeat_interleave(2), torch.arange(4), torch.tensor([POS, OWN] * 2), teacher=torch.arange(4.0), n=2)
+
+
+@each_loss
+@pytest.mark.parametrize("case", [*hard_cases()], ids=lambda o: o[0])
+def test_nothing_breaks_it(loss, case):
+    "The loss and the gradient are numbers, in float32 and in half precision, at a small temperature too."
+    from dataclasses import replace
+    small = replace(loss, temperature=0.001) if hasattr(loss, "temperature") else loss
+    _, q, d, batch = case
+    for one in (loss, small):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a, b = (o.to(dtype).clone().requires_grad_() for o in (q, d))
+            terms = next(iter(Objective(one)(a, b, batch).values()))
+            total = (terms.value * terms.weight).sum()
+            total.backward()
+            assert total.isfinite() and a.grad.isfinite().all() and b.grad.isfinite().all(), (one, dtype)
+            assert (terms.weight >= 0).all() and (terms.value.isfinite()).all()
+
+
+def test_grades():
+    "The user's score first, then 1 and 0; scored documents count, left-out ones do not."
+    relation = Relation(torch.tensor([[POS, POS, OWN, OWN, SKIP, SKIP, NEG]], dtype=torch.int8), torch.tensor([[NAN, 2.0, NAN, 0.5, 0.7, NAN, NAN]]), None)
+    grade, counted = grades(relation)
+    assert grade[counted].tolist() == pytest.approx([1, 2, 0, 0.5, 0.7]) and counted.sum() == 5
