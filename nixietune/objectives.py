@@ -9,6 +9,7 @@ __all__ = ['Objective', 'Step']
 import torch
 from torch import nn
 from .core import InputError
+from .losses import Blocks
 from .relation import relate
 from .similarities import SIMILARITIES
 
@@ -35,9 +36,16 @@ class Objective(nn.Module):
         relations = {view: relate(batch, view) for view in {loss.view for loss in self.losses.values()}}
         similarities = {(loss.similarity, loss.view): None for loss in self.losses.values()}
         with torch.autocast(q.device.type, enabled=False):
-            for name, view in similarities:
-                similarities[name, view] = SIMILARITIES[name](q.float(), d.float(), relations[view].cols)
-            return {name: loss(similarities[loss.similarity, loss.view], relations[loss.view]) for name, loss in self.losses.items()}
+            q, d = q.float(), d.float()
+            for name, view in similarities: similarities[name, view] = SIMILARITIES[name](q, d, relations[view].cols)
+            return {name: loss(_with_blocks(loss, similarities[loss.similarity, loss.view], q, d), relations[loss.view]) for name, loss in self.losses.items()}
+
+
+def _with_blocks(loss, qd, q, d):
+    "The similarities that a loss reads, with those among queries and among documents where it asks for them."
+    wanted, similarity = getattr(loss, "blocks", ()), SIMILARITIES[loss.similarity]
+    if not wanted: return qd
+    return Blocks(qd, *(similarity(o, o) if name in wanted else None for name, o in (("query_to_query", q), ("doc_to_doc", d))))
 
 
 def _name(loss):

@@ -143,7 +143,8 @@ def test_batch_kl_as_in_rag_retrieval():
 
 # ---- what every loss does
 
-LOSSES = [InfoNCE(), InfoNCE(in_batch=False), Cosine(), Contrastive(), Contrastive(online=True), Triplet(), Triplet(0.3, True, "cos"), CoSENT(),
+LOSSES = [InfoNCE(), InfoNCE(in_batch=False), InfoNCE(in_batch="negatives", leave_out=0.05), InfoNCE(weighted=True),
+    InfoNCE(positives="together", weighted=True), InfoNCE(directions=("query_to_doc", "doc_to_query"), partition="per_direction"), Cosine(), Contrastive(), Contrastive(online=True), Triplet(), Triplet(0.3, True, "cos"), CoSENT(),
     CoSENT(similarity="angle"), KL(), BatchKL(), MarginMSE()]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
@@ -207,3 +208,76 @@ def test_grades():
     relation = Relation(torch.tensor([[POS, POS, OWN, OWN, SKIP, SKIP, NEG]], dtype=torch.int8), torch.tensor([[NAN, 2.0, NAN, 0.5, 0.7, NAN, NAN]]), None)
     grade, counted = grades(relation)
     assert grade[counted].tolist() == pytest.approx([1, 2, 0, 0.5, 0.7]) and counted.sum() == 5
+
+
+# ---- InfoNCE in every configuration that sentence-transformers has, too
+
+DIRECTIONS = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+SETS = [DIRECTIONS[:1], [DIRECTIONS[0], DIRECTIONS[2]], DIRECTIONS[:2], [DIRECTIONS[0], DIRECTIONS[3]], DIRECTIONS]
+
+
+def with_blocks(loss, q, d, batch):
+    from nixietune.losses import Blocks
+    from nixietune.relation import relate
+    similarity = SIMILARITIES[loss.similarity]
+    terms = loss(Blocks(similarity(q, d), similarity(q, q), similarity(d, d)), relate(batch, loss.view))
+    return (terms.value * terms.weight).sum() / len(q)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("partition", ["joint", "per_direction"])
+@pytest.mark.parametrize("directions", SETS, ids="+".join)
+@pytest.mark.parametrize("hardness", [0.0, 2.0])
+def test_mnrl(negatives, partition, directions, hardness):
+    q, columns, _, batch = groups(negatives=negatives)
+    d = torch.stack(columns, 1).flatten(0, 1)
+    other = loss_of("MultipleNegativesRankingLoss", scale=1 / 0.07, directions=tuple(directions), partition_mode=partition,
+        hardness_mode="all_negatives", hardness_strength=hardness)
+    mine = with_blocks(InfoNCE(0.07, directions=tuple(directions), partition=partition, hardness=hardness), q, d, batch)
+    same(mine, other.compute_loss_from_embeddings([q, *columns], None), q, *columns)
+
+
+@pytest.mark.parametrize("which, theirs_name", [("own", "hard_negatives"), ("in_batch", "in_batch_negatives"), ("all", "all_negatives")])
+def test_hardness(which, theirs_name):
+    q, columns, _, batch = groups()
+    d = torch.stack(columns, 1).flatten(0, 1)
+    other = loss_of("MultipleNegativesRankingLoss", hardness_mode=theirs_name, hardness_strength=5.0)
+    same(ours(InfoNCE(0.05, hardness=5.0, hard_ones=which), q, d, batch), other.compute_loss_from_embeddings([q, *columns], None), q, *columns)
+
+
+def test_the_seeds_negatives():
+    "nixietune's unpaired, paired and positives only, and RAG-Retrieval's triplets, written out."
+    q, columns, _, batch = groups()
+    d, tau, k, n = torch.stack(columns, 1).flatten(0, 1), 0.05, 4, 8
+    s = cos_sim(q, d) / tau
+    positive, negative = s[:, ::k].diagonal(), [c for c in range(n * k) if c % k]
+    unpaired = torch.cat([positive[:, None], s[:, negative]], 1)
+    paired = torch.stack([s[i, i * k:(i + 1) * k] for i in range(n)])
+    zero = torch.zeros(n, dtype=torch.int64)
+    for in_batch, logits, target in (("negatives", unpaired, zero), (False, paired, zero), ("positives", s[:, ::k], torch.arange(n))):
+        leaves = [q, *(columns if in_batch != "positives" else columns[:1])]
+        same(ours(InfoNCE(tau, in_batch), q, d, batch), torch.nn.functional.cross_entropy(logits, target), *leaves)
+
+
+def test_directions_know_what_is_known():
+    "A query with the same known answer is no negative in any direction: its gradient there is exactly zero."
+    q, columns, _, batch = groups(negatives=0)
+    batch["known"] = torch.tensor([[1], [0]])  # document 0 answers query 1, too
+    s, qq, dd = (torch.randn(8, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    from nixietune.losses import Blocks
+    from nixietune.relation import relate
+    value = InfoNCE(directions=tuple(DIRECTIONS))(Blocks(s, qq, dd), relate(batch)).value.sum()
+    gs, gq, gd = torch.autograd.grad(value, (s, qq, dd))
+    assert gs[1, 0] == 0 and gq[0, 1] == 0 and not gq.diagonal().any() and gd[1, 0] == 0 and not gd.diagonal().any()
+    assert (gs != 0).sum() == 63 and gq[1, 0] != 0 and gd[0, 1] != 0
+
+
+def test_all_equal():
+    "Values that follow from the formulas when all vectors are the same."
+    n, k = 6, 4
+    q, columns, teacher, batch = groups(n=n)
+    q, d = torch.ones(n, 5, dtype=torch.float64), torch.ones(n * k, 5, dtype=torch.float64)
+    log = lambda x: torch.log(torch.tensor(float(x))).item()
+    for loss, wanted in ((InfoNCE(), log(n * k)), (InfoNCE(in_batch=False), log(k)), (InfoNCE(in_batch="negatives"), log(1 + n * (k - 1))),
+        (InfoNCE(in_batch="positives"), log(n)), (Triplet(0.3, similarity="cos"), 0.3), (Cosine(), (k - 1) / k)):
+        assert ours(loss, q, d, batch).item() == pytest.approx(wanted, abs=1e-6), loss
