@@ -72,6 +72,8 @@ class InfoNCE:
             if getattr(self, name) not in choices: raise InputError(f"{name}={getattr(self, name)!r}", "InfoNCE", " or ".join(map(repr, choices)))
         if "query_to_doc" not in self.directions or {*self.directions} - {*DIRECTIONS}:
             raise InputError(f"directions={self.directions!r}", "InfoNCE", f"'query_to_doc' and others of {', '.join(DIRECTIONS)}")
+        if self.partition == "per_direction" and {*self.directions} & {"query_to_query", "doc_to_doc"}:
+            raise InputError("partition='per_direction'", "InfoNCE", "directions that hold the positive: query_to_doc, doc_to_query")
         if len(self.directions) > 1 and (self.positives, self.in_batch) != ("each", True):
             raise InputError("several directions", "InfoNCE", "positives='each' and in_batch=True")
 
