@@ -23,7 +23,7 @@ _NAMES = {
         "evaluation": "evaluate",
         "comparison": "compare",
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL MarginMSE",
-        "objectives": "Objective",
+        "objectives": "Objective Matryoshka",
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",
         "report": "write_run",

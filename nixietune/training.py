@@ -36,6 +36,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     warmup_steps: float|None = field(default=None, metadata={"help": "steps, or a share of them below 1; by the recipe without it"})
     precision: str = field(default="auto", metadata={"help": "'auto' by the hardware, or 'fp32', 'fp16', 'bf16'"})
     forward: str = field(default="auto", metadata={"help": "'auto', 'packed', 'bucketed' or 'padded'"})
+    cache_gradients: bool = field(default=False, metadata={"help": "run each forward twice and keep one in memory: large batches in little memory"})
     tokens_per_forward: int|None = field(default=None, metadata={"help": "tokens that one forward holds; by device without it"})
     positives_per_query: int|None = field(default=1, metadata={"help": "positives of a group, drawn anew each epoch; None for all"})
     train_group_size: int|None = field(default=8, metadata={"help": "one more than the own negatives of a group, drawn anew each epoch; None for all"})
@@ -196,7 +197,7 @@ class _Running(_Learning):
         lines = [f"training on {len(self.source):,} groups: {a.num_train_epochs:g} epoch{'s'*(a.num_train_epochs != 1)}, "
                  f"batch {a.train_batch_size}, learning rate {a.learning_rate:g}{by_recipe}",
                  f"texts {self.layout.name}, {precision_in(a)} on {a.device}"]
-        lines += [f"loss: {o}" for o in self.loss.objective.losses.values()]
+        lines += [f"loss: {o}" for o in self.loss.objective.described()]
         if a.gradient_accumulation_steps > 1:
             lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
@@ -228,7 +229,7 @@ class Trainer(_Running):
                              args.positives_per_query, negatives, args.shuffle_ratio)
         self.facts = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
-        super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective), evaluator=evaluator,
+        super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective, args.cache_gradients), evaluator=evaluator,
                          data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar = Bar(pairs_in(index.arrays, args.positives_per_query))
