@@ -64,7 +64,7 @@ def query_numbers(
     near:float=None, # also the same: queries of this similarity
 ) -> "numpy.ndarray": # int [number of groups]
     "Which groups ask the same: equal numbers."
-    number, distinct = numbered(groups["query"])
+    number, distinct = numbered(groups["query"][:])
     return number if near is None else near_duplicates(distinct, near)[number]
 
 
@@ -73,7 +73,7 @@ def query_keys(
     number, # of `query_numbers`
 ) -> "numpy.ndarray": # int [number of groups]
     "Which groups have the same query in the same data set, with the same prompt and instruction: equal numbers."
-    return numbered(zip(number.tolist(), *(groups[o] for o in ("dataset", "prompt", "instruction"))))[0]
+    return numbered(zip(number.tolist(), *(groups[o][:] for o in ("dataset", "prompt", "instruction"))))[0]
 
 
 class Data:
@@ -360,7 +360,7 @@ def find_near_documents(data):
     if copies: yield Finding("near_documents", "warning", len(copies),
         f"{counted(len(copies), 'document')} nearly the same as another one",
         "A copy of a positive is a negative in the batch, and counts as a wrong answer in a search.",
-        "Let the first stand for all", f"unify_documents(groups, near={NEAR})", show)
+        "Look at them, as one word may matter; let the first stand for all", f"unify_documents(groups, near={NEAR})", show)
 
 
 _ID_TROUBLE = ( # name, what must be single, severity, what was found, meaning, advice, call
@@ -400,7 +400,7 @@ def limit_hubs(
     "Let each document answer at most so many queries, drawn by chance; a group without positives is left out."
     import numpy as np
     items, _ = items_of(groups)
-    query, texts = numbered(groups["query"])
+    query, texts = numbered(groups["query"][:])
     pairs = queries_of_positives(items, query)
     pairs = pairs[pairs["queries"] > most]
     pairs = pairs.assign(draw=[text_id(f"{seed} {texts[o]}") for o in pairs["query"]]).sort_values(["text", "draw"])
@@ -450,7 +450,7 @@ def find_leaks(data):
                 "earlier split": earlier, "first": there["source"], "first_text": first}
         groups, near = len({o[:2] for o in found}), len({o[:2] for o in found if o[2] != o[5]})
         if found: yield Finding(name, "error", len(found),
-            f"{counted(groups, 'group')} with a {thing} of an earlier split" + f", {near:,} of them nearly"*(near > 0),
+            f"{counted(groups, 'group')} with a {thing} of an earlier split" + f" ({near:,} nearly the same)"*(near > 0),
             "The test measures what was learned by heart.", "Split anew, so that what hangs together stays together",
             "split_groups(groups)", show)
 
@@ -461,7 +461,7 @@ def add_positives(
 ) -> "datasets.Dataset": # doc_id and text
     "The corpus with the positives that are missing in it."
     from datasets import concatenate_datasets
-    texts, ids = set(corpus["text"]), set(corpus["doc_id"])
+    texts, ids = set(corpus["text"][:]), set(corpus["doc_id"][:])
     missing = {text: doc_id or text_id(text) for _, text, doc_id in things(groups, "positives")
         if text not in texts and doc_id not in ids}
     say(f"{counted(len(missing), 'positive')} added to the corpus")
@@ -472,7 +472,7 @@ def add_positives(
 def find_missing(data):
     "Positives that are not in the corpus."
     if data.corpus is None: return
-    texts, ids = set(data.corpus["text"]), set(data.corpus["doc_id"])
+    texts, ids = set(data.corpus["text"][:]), set(data.corpus["doc_id"][:])
     found = [(row, text) for row, text, doc_id in things(data.groups, "positives") if text not in texts and doc_id not in ids]
     show = lambda i: {"source": data.sources[found[i][0]], "query": data.queries[found[i][0]], "document": found[i][1]}
     if found: yield Finding("missing_positives", "error", len(found), f"{counted(len(found), 'positive')} not in the corpus",
@@ -488,7 +488,7 @@ def encoder_scores(
 ) -> "numpy.ndarray": # float [number of documents]
     "How similar each document and its query are to an encoder."
     import numpy as np
-    prompts = list(zip(groups["prompt"], groups["instruction"]))
+    prompts = list(zip(groups["prompt"][:], groups["instruction"][:]))
     vectors = [np.asarray(encode_texts(encoder, *o), np.float32)
         for o in ((groups["query"][:], "query", prompts), (texts, "document"))]
     if similarity_of(encoder) == "cos": vectors = [o/np.maximum(np.linalg.norm(o, axis=1, keepdims=True), 1e-12) for o in vectors]
@@ -592,7 +592,7 @@ _TEACHERS = ( # name, severity, fits (scores, share of documents that have one),
 def find_teacher_trouble(data):
     "Data sets whose teacher's scores cannot be what they should."
     import pandas as pd
-    dataset = pd.Series(data.groups["dataset"], dtype=object)[data.items["row"]].to_numpy()
+    dataset = pd.Series(data.groups["dataset"][:], dtype=object)[data.items["row"]].to_numpy()
     fits = defaultdict(list)
     for name, items in data.items.groupby(dataset):
         scores = items["teacher"].dropna()
@@ -709,11 +709,12 @@ def find_cuts(data):
             if side == "corpus": return {"source": data.corpus["doc_id"][order[i]], "document": data.corpus["text"][order[i]], **size}
             if side == "query": return data.shown(order[i], **size)
             return data.shown(items["row"].iloc[order[i]], items["text"].iloc[order[i]], **size)
-        lost = np.maximum(of - limit, 0).sum()/of.sum()
+        lost, most = np.maximum(of - limit, 0).sum()/of.sum(), int(np.quantile(of, 0.99))
+        enough = most if most > limit else int(of.max())
         yield Finding(f"cut_{field}", "warning" if lost > 0.05 else "note", len(order),
             f"{len(order):,} of {len(of):,} {field} longer than {limit:,.0f} {unit}, {lost:.1%} of their text cut",
-            "What is cut is neither learned nor found.", "Read more at once, at a price, or cut long texts into passages",
-            f"set_max_length(model, {int(np.quantile(of, 0.99))})", show)
+            "What is cut is neither learned nor found.", "Cut long texts into passages, or read more at once, at a price",
+            f"set_max_length(model, {enough})" if unit == "tokens" else "audit(groups, encoder=model) counts tokens", show)
 
 # %% ../nbs/33_audit.ipynb #546c3e8e
 def split_by_length(
@@ -727,7 +728,7 @@ def split_by_length(
     if not good or not all(good) or sorted(set(bounds)) != list(bounds):
         raise InputError(f"are {bounds}", "bounds", "rising whole numbers of tokens, 0 or more")
     items, texts = items_of(groups)
-    number, queries = numbered(groups["query"])
+    number, queries = numbered(groups["query"][:])
     longest = token_counts(queries, tokenizer)[number]
     np.maximum.at(longest, items["row"].to_numpy(), token_counts(texts, tokenizer)[items["text"]])
     bins = np.digitize(longest, bounds)
@@ -756,9 +757,9 @@ def keep_script(
     "Keep the groups whose query and positives are in a script, or hold no letters."
     import numpy as np
     fits = lambda text: main_script(text) in (script, "")
-    bad = {row for row, o in enumerate(groups["query"]) if not fits(o)}
+    bad = {row for row, o in enumerate(groups["query"][:]) if not fits(o)}
     bad |= {row for row, text, _ in things(groups, "positives") if row not in bad and not fits(text)}
-    say(f"{counted(len(bad), 'group')} left out that are not in {script}")
+    say(f"{counted(len(bad), 'group')} left out: not in {script}")
     return groups.select(np.setdiff1d(np.arange(len(groups)), [*bad])) if bad else groups
 
 
@@ -803,7 +804,7 @@ def counts_of(
 ) -> dict: # what -> how many
     "What there is."
     sides = data.items["side"].value_counts()
-    counts = {"groups": len(data.groups), "data sets": len(set(data.groups["dataset"])), "queries": len(set(data.queries)),
+    counts = {"groups": len(data.groups), "data sets": len(set(data.groups["dataset"][:])), "queries": len(set(data.queries)),
         **{name: int(sides.get(side, 0)) for side, name in FIELDS.items() if side in sides}, "documents": len(data.texts)}
     if data.corpus is not None: counts["corpus"] = len(data.corpus)
     return counts | {name: len(part) for name, part in (data.splits or {}).items()}
@@ -841,8 +842,8 @@ class Audit:
     def tables(self) -> list: # of `Table`
         "What there is: counts, lengths, scores."
         rows = [row for column, of in self.scores.items() for row in number_rows({f"{column} of {k}": o for k, o in of.items()})]
-        head = ", ".join(f"{v:,} {k}" for k, v in self.counts.items())
-        return [Table(number_rows(self.lengths), f"{head}; lengths in {self.unit}"), *[Table(rows, "Scores")]*bool(rows)]
+        head = ", ".join(f"{k}: {v:,}" for k, v in self.counts.items())
+        return [Table(number_rows(self.lengths), head, f"lengths in {self.unit}"), *[Table(rows, "Scores")]*bool(rows)]
 
     def to_dict(self) -> dict: # what JSON can hold
         "Counts, lengths, scores and findings, each with its first ten rows."
@@ -850,7 +851,8 @@ class Audit:
             "scores": {k: number_rows(o) for k, o in self.scores.items()}, "findings": [o.to_dict() for o in self.findings]}
 
     def __repr__(self):
-        return "\n\n".join(map(repr, [*self.tables(), *(self.findings or ["Nothing was found that is wrong."])]))
+        found = map(repr, self.findings) if self.findings else ["Nothing was found that is wrong."]
+        return "\n\n".join([*map(repr, self.tables()), *found])
 
     def _repr_html_(self):
         rows = [{"": o.severity, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": o.call}

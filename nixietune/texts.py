@@ -484,7 +484,7 @@ def split_groups(
     part = in_order(components(whole, by, near), queries, seed)
     check_sizes(whole, part, once(queries, size), fractions, by, near)
     home, moved = settled(part, before)
-    dataset = np.unique([o or "" for o in groups["dataset"]], return_inverse=True)[1] # in the order of their names
+    dataset = np.unique([o or "" for o in groups["dataset"][:]], return_inverse=True)[1] # in the order of their names
     split = deal(part[:size], dataset, fractions, home)
     sizes = np.bincount(part[:size], minlength=len(split))
     split = fill(split, sizes, (home < 0) & (sizes > 0), len(fractions))
