@@ -22,6 +22,7 @@ _NAMES = {
         "index": "search",
         "evaluation": "evaluate",
         "comparison": "compare",
+        "auditing": "audit split_by_length",
         "losses": "InfoNCE",
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",

@@ -98,7 +98,7 @@ def band_width(
     missed = lambda width: (1 - threshold**width)**(SLOTS//width)
     return max([1, *(o for o in range(1, 17) if missed(o) < 1e-5)])
 
-# %% ../nbs/11_texts.ipynb #78c5a0d0
+# %% ../nbs/11_texts.ipynb #db932c3f
 CHUNK = 1_000 # texts at a time
 
 
@@ -115,7 +115,7 @@ def _bands(forms, width):
         keys ^= keys >> np.uint64(29)
     return keys
 
-
+# %% ../nbs/11_texts.ipynb #78c5a0d0
 def sketch(
     texts, # a list of texts
     width:int, # MinHash numbers in a band
@@ -242,7 +242,7 @@ def numbered(
     number = {}
     return np.array([number.setdefault(o, len(number)) for o in values], int), list(number)
 
-
+# %% ../nbs/11_texts.ipynb #80197623
 def links(
     groups:"datasets.Dataset", # groups
     kind:str, # "queries" or "positives"
@@ -390,7 +390,7 @@ def hubs(
         first = (thing[:len(rows)] == number).argmax()
         yield f'"{shortened(texts[first])}" answers {counted(len(set(row[thing == number])), "group")}'
 
-
+# %% ../nbs/11_texts.ipynb #9227cf32
 def check_sizes(
     whole:"datasets.Dataset", # groups, and the rows of before
     part, # int [number of rows]: its component
@@ -412,7 +412,7 @@ def check_sizes(
         "split_groups", 'positives that answer less; or by="query", which keeps equal queries together and lets '
         "positives be in two splits" + "; or near=None, which links equal texts only"*near_too)
 
-# %% ../nbs/11_texts.ipynb #0bc48b1f
+# %% ../nbs/11_texts.ipynb #070a4090
 def in_order(
     part, # int [number of rows]: its component
     queries:list, # the query of each row
@@ -436,7 +436,7 @@ def once(
     known = set(queries[:size])
     return np.array([*range(size), *(i for i in range(size, len(queries)) if queries[i] not in known)])
 
-
+# %% ../nbs/11_texts.ipynb #0bc48b1f
 def settled(
     part, # int: the component of each row, first the groups, then the rows of before
     before:list, # the splits of an earlier call
@@ -528,7 +528,7 @@ def leaks(
         touched |= {row for row, text, _ in found if text in shared or text in alike}
     return result | {"groups": len(touched)}
 
-
+# %% ../nbs/11_texts.ipynb #10128d0b
 def near_shared(
     known:set, # texts
     others:set, # other texts

@@ -23,7 +23,7 @@ from html import escape
 from itertools import chain
 from math import exp
 from typing import Callable
-from .core import InputError, fingerprint
+from .core import InputError, check_range, fingerprint
 from .display import Table, say
 from .evaluation import encode_texts, similarity_of
 from .groups import DOCUMENT, GROUP, batches, counted, table_of, text_id
@@ -75,11 +75,12 @@ def query_keys(
     "Which groups have the same query in the same data set, with the same prompt and instruction: equal numbers."
     return numbered(zip(number.tolist(), *(groups[o][:] for o in ("dataset", "prompt", "instruction"))))[0]
 
-
+# %% ../nbs/33_audit.ipynb #b5ead6bc
 class Data:
     "What the findings look at; each part is made when it is first asked for."
     def __init__(self, groups, corpus=None, encoder=None, splits=None, max_length=None):
         if not len(groups): raise InputError("there are no groups", "audit", "at least one")
+        check_range("max_length", max_length, least=1, where="audit")
         if splits is not None and not isinstance(splits, Mapping):
             names = ("train", "dev", "test") if len(splits) == 3 else ("train", "test")
             if len(splits) != len(names): raise InputError(counted(len(splits), "split"), "splits",
@@ -141,7 +142,7 @@ class Finding:
         return plain | {"rows": [self.show(i) for i in range(min(self.count, 10))]}
 
     def __repr__(self):
-        return f"{self.severity + ':':9}{self.what}\n{'':9}{self.meaning}\n{'':9}{self.advice}: {self.call}"
+        return f"{self.severity + ':':9}{self.what} [{self.name}]\n{'':9}{self.meaning}\n{'':9}{self.advice}: {self.call}"
 
     def _repr_html_(self): return f"<pre>{escape(repr(self))}</pre>" + self.rows._repr_html_()
 
@@ -195,7 +196,7 @@ def nothing_new(
         known[keys[row]] |= said[row]
     return found
 
-
+# %% ../nbs/33_audit.ipynb #b562c1b5
 def drop_duplicates(
     groups:"datasets.Dataset", # groups
     near:float=None, # also the same: texts of this similarity (0.8 is usual)
@@ -243,7 +244,7 @@ def find_duplicate_groups(data):
         if found: yield Finding(name, "warning", len(found), f"{counted(len(found), 'group')} {nearly}the same as an earlier one",
             "They count twice in training, and where one is in test, it was seen in training.", "Leave them out", call, show)
 
-
+# %% ../nbs/33_audit.ipynb #e9db2024
 def find_repeated_documents(data):
     "Documents that stand twice in a group."
     found = data.items[data.items.duplicated(["row", "side", "text"])]
@@ -325,7 +326,7 @@ def change_items(
     "The groups with each document changed."
     return rewrite(groups, lambda o: o | {side: [change(item, o) for item in o[side] or []] for side in sides_of(groups)})
 
-
+# %% ../nbs/33_audit.ipynb #4ac65da9
 def unify_documents(
     groups:"datasets.Dataset", # groups
     near:float=NEAR, # documents of this similarity are one
@@ -391,7 +392,7 @@ def queries_of_positives(
     pairs = pairs.assign(query=query[pairs["row"]]).drop_duplicates(["text", "query"])
     return pairs.assign(queries=pairs.groupby("text")["query"].transform("size"))
 
-
+# %% ../nbs/33_audit.ipynb #3355f879
 def limit_hubs(
     groups:"datasets.Dataset", # groups
     most:int=MANY, # queries that a document may answer
@@ -413,7 +414,7 @@ def limit_hubs(
         f"a document answers at most {most:,} queries")
     return keep_items(groups, items, ~drop).select(np.flatnonzero(~bare)) if drop.any() else groups
 
-
+# %% ../nbs/33_audit.ipynb #15663417
 def find_hubs(data):
     "Documents that answer very many queries."
     most = max(MANY, len(data.groups)//1_000)
@@ -498,7 +499,7 @@ def encoder_scores(
         scores[here] = np.einsum("nd,nd->n", vectors[0][row[here]], vectors[1][text[here]])
     return scores
 
-
+# %% ../nbs/33_audit.ipynb #c61df853
 def above_positives(
     items, # of `items_of`
     scores, # float [number of documents], nan where there is none
@@ -521,7 +522,7 @@ def drop_suspicious(
     say(f"{counted(int(wrong.sum()), 'negative')} left out, above all positives of the group")
     return keep_items(groups, items, ~wrong) if wrong.any() else groups
 
-
+# %% ../nbs/33_audit.ipynb #fa44c82c
 def find_suspicious(data):
     "Negatives that score above all positives of their group."
     sources = [("teacher", "the teacher", data.items["teacher"].to_numpy(), "drop_suspicious(groups)")]
@@ -630,7 +631,7 @@ def sort_by_grade(
         f"{counted(moved['bare'], 'group')} without positives left out")
     return result
 
-
+# %% ../nbs/33_audit.ipynb #f3e91eba
 def find_grade_trouble(data):
     "Positives graded 0 or less, negatives graded above 0."
     items = data.items
@@ -652,7 +653,8 @@ def token_counts(
     if hasattr(tokenizer, "encode") and hasattr(tokenizer, "tokenizer"): tokenizer = tokenizer[0].tokenizer
     if hasattr(tokenizer, "encode_batch"): # of tokenizers, as in a static model: a copy, as its settings are changed
         tokenizer = type(tokenizer).from_str(tokenizer.to_str())
-        tokenizer.no_truncation(), tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         count = lambda some: [len(o.ids) for o in tokenizer.encode_batch(some)]
     elif callable(tokenizer):
         count = lambda some: map(len, tokenizer(some, truncation=False, padding=False, verbose=False)["input_ids"])
@@ -693,7 +695,7 @@ def limit_for(
     if not hasattr(data.encoder, "max_seq_length"): return float("inf")
     return length_limit(data.encoder, "query" if field == "queries" else "document")
 
-
+# %% ../nbs/33_audit.ipynb #ca230c7a
 def find_cuts(data):
     "Texts that are longer than the model reads."
     import numpy as np
@@ -749,7 +751,7 @@ def main_script(
     del scripts[""]
     return scripts.most_common(1)[0][0] if scripts else ""
 
-
+# %% ../nbs/33_audit.ipynb #ebe04263
 def keep_script(
     groups:"datasets.Dataset", # groups
     script:str="LATIN", # as Unicode calls it: "LATIN", "CYRILLIC", "CJK", ...
@@ -855,9 +857,9 @@ class Audit:
         return "\n\n".join([*map(repr, self.tables()), *found])
 
     def _repr_html_(self):
-        rows = [{"": o.severity, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": o.call}
+        rows = [{"": o.severity, "name": o.name, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": o.call}
             for o in self.findings]
-        last = Table(rows, f"{counted(len(rows), 'finding')}; `audit[name].rows` shows where") if rows else Table(
+        last = Table(rows, counted(len(rows), "finding"), "the rows of each are in audit(...)[name].rows") if rows else Table(
             [{"": "Nothing was found that is wrong."}])
         return "".join(o._repr_html_() for o in (*self.tables(), last))
 
