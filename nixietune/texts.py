@@ -11,7 +11,7 @@ __all__ = ['SPACELESS', 'NEAR', 'SHINGLE', 'SHORT', 'SLOTS', 'CHUNK', 'CROWD', '
 
 # %% ../nbs/11_texts.ipynb #f1b0ea67
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import cache
 from hashlib import blake2b
 from math import isfinite
@@ -309,9 +309,10 @@ def deal(
     room = np.outer(np.bincount(dataset), fractions)
     placed = split[owner] >= 0
     np.subtract.at(room, (member[placed], split[owner[placed]]), count[placed])
-    wide = [i for i in np.flatnonzero(np.bincount(owner) > 1) if split[i] < 0]
-    for i in sorted(wide, key=lambda i: -count[owner == i].sum()):
-        here = owner == i
+    begin = np.searchsorted(owner, np.arange(len(split) + 1)) # the pairs are sorted by their component
+    wide = [i for i in np.flatnonzero(np.diff(begin) > 1) if split[i] < 0]
+    for i in sorted(wide, key=lambda i: -count[begin[i]:begin[i + 1]].sum()):
+        here = slice(begin[i], begin[i + 1])
         split[i] = room[member[here]].sum(0).argmax()
         room[member[here], split[i]] -= count[here]
     spare = 0
@@ -380,15 +381,22 @@ def shortened(
 
 def hubs(
     groups:"datasets.Dataset", # the groups of one component
+    by:str, # what links them
     near:float, # texts of this similarity are the same; None: only equal texts
     shown:int=3, # how many to show
-): # yields lines
-    "The positive documents that link most of the groups."
-    rows, texts, _ = zip(*things(groups, "positives"))
-    row, thing = links(groups, "positives", near)
-    for number, _ in Counter(thing[:len(rows)].tolist()).most_common(shown):
-        first = (thing[:len(rows)] == number).argmax()
-        yield f'"{shortened(texts[first])}" answers {counted(len(set(row[thing == number])), "group")}'
+) -> list[str]: # lines
+    "The queries and positive documents that link most of the groups."
+    import numpy as np
+    lines = []
+    for kind in SPLIT_BY[by]:
+        texts = [text for _, text, _ in things(groups, kind)]
+        row, thing = (o[:len(texts)] for o in links(groups, kind, near))
+        number, count = np.unique(np.unique([row, thing], axis=1)[1], return_counts=True)
+        verb = "answers" if kind == "positives" else "is asked in"
+        best = [i for i in np.argsort(-count, kind="stable")[:shown] if count[i] > 1]
+        for i in best: lines.append((-count[i],
+            f'"{shortened(texts[(thing == number[i]).argmax()])}" {verb} {counted(int(count[i]), "group")}'))
+    return [line for _, line in sorted(lines)[:shown]]
 
 # %% ../nbs/11_texts.ipynb #9227cf32
 def check_sizes(
@@ -404,13 +412,13 @@ def check_sizes(
     sizes, least = np.bincount(part[rows]), min(fractions)*len(rows)
     if sizes.max() <= max(least, LARGE): return
     large = whole.select(rows[part[rows] == sizes.argmax()])
+    helps = lambda *other: np.bincount(components(large, *other)).max() <= max(least, LARGE)
+    ways = ["no query and no document that links so many"]
+    if near is not None and helps(by, None): ways.append("near=None, which links equal texts only")
+    if by != "query" and helps("query", near):
+        ways.append('by="query", which keeps equal queries together and lets positives be in two splits')
     fault = f"{counted(len(large), 'group')} of {len(rows):,} hang together, more than the smallest split ({least:.0f})"
-    if by == "query": raise InputError(f'{fault}: all ask "{shortened(large[0]["query"])}" or nearly the same',
-        "split_groups", "one group for each query, with all its positives; or a larger smallest split")
-    near_too = bool(near is not None and np.bincount(components(large, by, None)).max() <= max(least, LARGE))
-    raise InputError("\n  ".join([f"{fault}; these positives link most of them:", *hubs(large, near)]),
-        "split_groups", 'positives that answer less; or by="query", which keeps equal queries together and lets '
-        "positives be in two splits" + "; or near=None, which links equal texts only"*near_too)
+    raise InputError("\n  ".join([f"{fault}:", *hubs(large, by, near)]), "split_groups", "; or ".join(ways))
 
 # %% ../nbs/11_texts.ipynb #070a4090
 def in_order(

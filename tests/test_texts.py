@@ -153,10 +153,18 @@ def test_a_hub_is_shown():
     groups = make_groups(rows + [{"query": f"other {i}", "pos": [{"doc": f"other {i}"}]} for i in range(400)])
     with pytest.raises(InputError) as error: split(groups)
     first, *lines = str(error.value).splitlines()
-    assert first == "split_groups: 71 groups of 471 hang together, more than the smallest split (47); these positives link most of them:"
+    assert first == "split_groups: 71 groups of 471 hang together, more than the smallest split (47):"
     assert lines[0].startswith('  "The imprint of our company.') and lines[0].endswith('…" answers 40 groups') and len(lines[0]) < 100
     assert lines[1] == '  "A second hub" answers 20 groups'
     assert 'by="query"' in lines[2] and "near=None" not in str(error.value)
+
+
+def test_a_query_in_too_many_groups():
+    groups = make_groups([{"query": "how" if i < 30 else f"q{i}", "pos": [{"doc": f"d{i}"}]} for i in range(100)])
+    for by in ("positive", "query"):
+        with pytest.raises(InputError) as error: split(groups, by=by)
+        assert str(error.value).splitlines()[1].startswith('  "how" is asked in 30 groups')
+        assert 'by="query"' not in str(error.value)
 
 
 def test_near_duplicates_that_link_too_much():
