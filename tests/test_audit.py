@@ -296,6 +296,18 @@ def test_documents_that_are_only_scored():
     assert report.counts["scored"] == 5 and "scored" in report.lengths
 
 
+def test_one_word_may_matter():
+    "Queries that differ in a word are never merged, however alike they look."
+    query = "{} end part of the middle bone of the little finger of the left hand"
+    doc = lambda o: " ".join(f"{w} {o}" if i == 20 else w for i, w in enumerate(WORDS[:40]))  # noqa: E731
+    groups = make_groups([{"query": query.format(o), "pos": [{"doc": doc(o)}]} for o in ("small", "enlarged")])
+    report = audit(groups)
+    assert names(report) == {"near_documents"} and report["near_documents"].severity == "note"
+    with quiet(): assert len(drop_duplicates(groups, near=NEAR)) == len(merge_queries(groups, loose=True)) == 2
+    shared = audit(groups, splits=(groups.select([0]), groups.select([1])))
+    assert {shared[o].severity for o in ("shared_queries", "shared_positives")} == {"warning"}
+
+
 def test_what_is_shown():
     report = audit(groups_of(clean_rows(30) * 5))
     found = report["duplicate_groups"]
