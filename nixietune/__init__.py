@@ -22,6 +22,7 @@ _NAMES = {
         "index": "search",
         "evaluation": "evaluate",
         "comparison": "compare",
+        "auditing": "audit split_by_length",
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL MarginMSE",
         "objectives": "Objective Matryoshka",
         "training": "Trainer TrainingArguments",
