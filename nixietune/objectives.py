@@ -26,6 +26,7 @@ class Objective(nn.Module):
         self.losses, self.weights = losses, {name: 1.0 for name in losses} | (weights or {})
         if unknown := self.weights.keys() - losses.keys():
             raise InputError(f"a weight for {sorted(unknown)[0]!r}", "Objective", f"one of {', '.join(losses)}")
+        self.shares = self.weights # of the losses; `weights` are those of the terms
 
     def forward(self,
         q, # f32[B, d] vectors of the queries
@@ -39,8 +40,7 @@ class Objective(nn.Module):
 
     def described(self) -> list:
         "What is minimised, one line a loss."
-        parts = {name: self.weights.get(name, 1.0) for name in self.losses}
-        return [f"{'' if parts[name] == 1 else f'{parts[name]:g} x '}{loss}" for name, loss in self.losses.items()]
+        return [f"{'' if self.shares[name] == 1 else f'{self.shares[name]:g} x '}{loss}" for name, loss in self.losses.items()]
 
 
 def terms_of(

@@ -18,7 +18,7 @@ from .groups import DOCUMENT, GROUP, batches, cached, content_id, read_arrow, ta
 from .texts import split_groups
 
 # %% ../nbs/12_samples.ipynb #151b490d
-SAMPLES = 2 # raise it when the same sources would give another sample
+SAMPLES = 3 # raise it when the same sources would give another sample
 
 
 @dataclass(frozen=True)
