@@ -106,7 +106,7 @@ def record_batches(
     batch, size = [], 0
     for row in rows:
         batch.append(row)
-        size += sum(len(o["doc"]) for side in SIDES for o in row.get(side, ())) + len(row.get("text", ""))
+        size += sum(len(o["doc"]) for side in SIDES for o in row.get(side) or ()) + len(row.get("text") or "")
         if len(batch) < batch_size and size < 64_000_000: continue
         yield pa.RecordBatch.from_pylist(batch, schema=schema)
         batch, size = [], 0

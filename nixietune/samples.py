@@ -58,7 +58,7 @@ def pair(
 ) -> dict: # a record without negatives
     "A group of a query and what answers it."
     return dict(query=query, query_id=text_id(query), pos=[dict(doc=text, doc_id=doc_id) for doc_id, text in positives],
-        neg=[], dataset=dataset, source=source)
+        neg=[], scored=[], dataset=dataset, source=source)
 
 # %% ../nbs/12_samples.ipynb #934cb3f9
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(.*)')
