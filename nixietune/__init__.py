@@ -23,7 +23,7 @@ _NAMES = {
         "evaluation": "evaluate",
         "comparison": "compare",
         "auditing": "audit split_by_length",
-        "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL MarginMSE",
+        "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
         "objectives": "Objective Matryoshka",
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'Terms', 'negatives_of', 'trusted', 'InfoNCE', 'Blocks', 'grades', 'per_query', 'Cosine', 'distances',
-           'Contrastive', 'Triplet', 'whole_batch', 'CoSENT', 'KL', 'BatchKL', 'MarginMSE']
+           'Contrastive', 'Triplet', 'whole_batch', 'CoSENT', 'KL', 'BatchKL', 'M3KD', 'MarginMSE']
 
 # %% ../nbs/52_losses.ipynb #af80434f
 from dataclasses import dataclass, fields
@@ -304,6 +304,34 @@ class BatchKL:
         counted = ~relation.teacher.isnan()
         log_p, log_t = ((o[counted]/self.temperature).log_softmax(0) for o in (similarities, relation.teacher))
         return whole_batch((log_t.exp()*(log_t - log_p)).sum()/max(1, len(log_p)), (counted.sum(1) > 0).sum() if len(log_p) > 1 else 0)
+
+# %% ../nbs/52_losses.ipynb #b60bffed
+@dataclass(frozen=True)
+class M3KD:
+    "Each document of the group against those after it and the in-batch negatives, weighed by the teacher."
+    temperature: float = 0.02 # divides the similarities
+    teacher_temperature: float = 1.0 # divides the teacher's scores
+    in_batch: bool = True # are the other queries' documents negatives?
+    similarity: str = "cos" # "cos" or "dot"
+    needs_own = True
+
+    @property
+    def view(self): return "all" if self.in_batch else "own"
+
+    def __call__(self,
+        similarities:torch.Tensor, # f32[B, K]
+        relation:Relation, # of the same view, with `own`
+    ) -> Terms: # a query without scores has weight 0
+        "The loss of every query; documents without a teacher's score take no part in its group."
+        own = relation.own.clamp(min=0)
+        teacher = relation.teacher.gather(1, own).masked_fill(relation.own < 0, float("nan"))
+        scored, logits = ~teacher.isnan(), similarities/self.temperature
+        s, t = (o.masked_fill(~scored, torch.finfo(o.dtype).min/2) for o in (logits.gather(1, own), teacher.nan_to_num()/self.teacher_temperature))
+        t = torch.where(scored, t.softmax(1), 0.0)
+        rest = s.flip(1).logcumsumexp(1).flip(1)  # of each document and those after it
+        if self.in_batch: rest = torch.logaddexp(rest, _log_sum(logits, relation.kind == NEG)[:, None])
+        has = scored.any(1)
+        return Terms(torch.where(has, (t*torch.where(scored, rest - s, 0.0)).sum(1), 0.0), has.to(s.dtype))
 
 # %% ../nbs/52_losses.ipynb #84bb92c1
 @dataclass(frozen=True)

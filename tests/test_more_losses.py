@@ -5,7 +5,7 @@ from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import cos_sim, pairwise_angle_sim, pairwise_cos_sim
 
 from nixietune.core import InputError
-from nixietune.losses import BatchKL, Contrastive, CoSENT, Cosine, grades, InfoNCE, KL, MarginMSE, Triplet
+from nixietune.losses import BatchKL, Contrastive, CoSENT, Cosine, grades, InfoNCE, KL, M3KD, MarginMSE, Triplet
 from nixietune.objectives import Objective
 from nixietune.relation import NEG, OWN, POS, Relation, SKIP
 from nixietune.similarities import SIMILARITIES
@@ -43,7 +43,7 @@ def groups(n=8, negatives=3, dim=10, seed=0):
 def ours(loss, q, d, batch, precise=True):
     "The loss of a step, computed in float64 so that only formulas are compared."
     from nixietune.relation import relate
-    relation = relate(batch, loss.view)
+    relation = relate(batch, loss.view, getattr(loss, "needs_own", False))
     terms = loss(SIMILARITIES[loss.similarity](q, d, relation.cols), relation)
     return (terms.value * terms.weight).sum() / len(batch["q_id"])
 
@@ -146,7 +146,7 @@ def test_batch_kl_as_in_rag_retrieval():
 
 LOSSES = [InfoNCE(), InfoNCE(in_batch=False), InfoNCE(in_batch="negatives", leave_out=0.05), InfoNCE(weighted=True),
     InfoNCE(positives="together", weighted=True), InfoNCE(directions=("query_to_doc", "doc_to_query"), partition="per_direction"), Cosine(), Contrastive(), Contrastive(online=True), Triplet(), Triplet(0.3, True, "cos"), CoSENT(),
-    CoSENT(similarity="angle"), KL(), BatchKL(), MarginMSE()]
+    CoSENT(similarity="angle"), KL(), BatchKL(), MarginMSE(), M3KD(), M3KD(in_batch=False)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
 
@@ -287,3 +287,37 @@ def test_all_equal():
     for loss, wanted in ((InfoNCE(), log(n * k)), (InfoNCE(in_batch=False), log(k)), (InfoNCE(in_batch="negatives"), log(1 + n * (k - 1))),
         (InfoNCE(in_batch="positives"), log(n)), (Triplet(0.3, similarity="cos"), 0.3), (Cosine(), (k - 1) / k)):
         assert ours(loss, q, d, batch).item() == pytest.approx(wanted, abs=1e-6), loss
+
+
+# ---- M3's distillation
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_m3_kd(in_batch):
+    "FlagEmbedding's formula: member after member, with the members before it masked out of its own group."
+    q, columns, teacher, batch = groups()
+    d, d_again = (torch.stack(columns, 1).flatten(0, 1) for _ in range(2))
+    n, k, tau = 8, 4, 0.05
+    t, scores, wanted = teacher.double().softmax(1), cos_sim(q, d_again) / tau, 0
+    if not in_batch: scores = torch.stack([scores[i, i * k:(i + 1) * k] for i in range(n)])
+    for member in range(k):
+        masked = scores.clone()
+        for i in range(n): masked[i, (i * k if in_batch else 0):(i * k if in_batch else 0) + member] = -torch.inf
+        target = torch.arange(n) * k + member if in_batch else torch.full((n,), member)
+        wanted = wanted + (t[:, member] * torch.nn.functional.cross_entropy(masked, target, reduction="none")).mean()
+    from nixietune.relation import relate
+    loss = M3KD(tau, in_batch=in_batch)
+    relation = relate(batch, loss.view, with_own=True)
+    terms = loss(SIMILARITIES["cos"](q, d, relation.cols), relation)
+    same((terms.value * terms.weight).sum() / n, wanted, q, *columns)
+    found = Objective(loss)(q.float(), d.float(), batch)["M3KD"]
+    assert found.mean().item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_m3_kd_with_missing_scores():
+    "A document without a score takes no part; a query without any has weight 0."
+    q, columns, teacher, batch = groups(n=3)
+    teacher[0, 1], teacher[1] = NAN, NAN
+    found = Objective(M3KD(0.1, in_batch=False))(q.float(), torch.stack(columns, 1).flatten(0, 1).float(), batch | {"teacher": teacher.flatten()})["M3KD"]
+    assert found.weight.tolist() == [1, 0, 1]
+    s, t = torch.cosine_similarity(q[:1, None], torch.stack([columns[i][0] for i in (0, 2, 3)])[None], dim=-1)[0] / 0.1, teacher[0, [0, 2, 3]].double().softmax(0)
+    assert found.value[0].item() == pytest.approx(sum(t[i] * (s[i:].logsumexp(0) - s[i]) for i in range(3)).item(), rel=1e-4)
