@@ -168,13 +168,14 @@ def test_gradients(loss):
 
 @each_loss
 def test_order_does_not_matter(loss):
+    torch.manual_seed(0)
     q, d, batch = mixed()
     new_q, new_d, edges = torch.randperm(len(q)), torch.randperm(len(d)), torch.randperm(15)
     if hasattr(loss, "needs_own"): edges = torch.arange(15)  # here the order within a group is a part of the formula
     place_q, place_d = new_q.argsort(), new_d.argsort()
     moved = {k: v[edges] for k, v in batch.items() if k in ("kind", "score", "teacher")} | {"q_id": batch["q_id"], "d_id": batch["d_id"], "known": batch["known"],
         "edges": torch.stack([place_q[batch["edges"][0]], place_d[batch["edges"][1]]])[:, edges]}
-    assert ours(loss, q[new_q], d[new_d], moved).item() == pytest.approx(ours(loss, q, d, batch).item(), abs=1e-9)
+    assert ours(loss, q[new_q], d[new_d], moved).item() == pytest.approx(ours(loss, q, d, batch).item(), rel=1e-5)
 
 
 def hard_cases():
