@@ -84,6 +84,8 @@ class InfoNCE:
     @property
     def view(self): return "own" if self.in_batch is False else "all"
     @property
+    def plain(self): return not self.weighted and self.leave_out is None and not self.hardness and len(self.directions) == 1
+    @property
     def blocks(self): return tuple(o for o in ("query_to_query", "doc_to_doc") if o in self.directions)
     def __call__(self, similarities, relation):
         "f32[B, K] or `Blocks`, and the relation of the same view -> one term a query; a query without a positive has weight 0."
@@ -92,7 +94,9 @@ class InfoNCE:
 # %% ../nbs/52_losses.ipynb #543332b7
 def _contrast(loss, similarities, relation):
     "InfoNCE, whatever its settings."
-    s, kind = similarities if torch.is_tensor(similarities) else similarities.qd, relation.kind
+    s = similarities if torch.is_tensor(similarities) else similarities.qd
+    if loss.in_batch is True and loss.plain: return _contrast_all(loss, s, relation)
+    kind = relation.kind
     negatives = negatives_of(kind, loss.in_batch)
     if loss.leave_out is not None: negatives = negatives & trusted(s, kind, loss.leave_out, loss.relative)
     logits = s/loss.temperature
@@ -104,6 +108,23 @@ def _contrast(loss, similarities, relation):
     if loss.positives == "together": value = F.softplus(negative - _log_sum(logits + weight.clamp(min=1e-30).log() if loss.weighted else logits, positive))
     else: value = (F.softplus(negative[:, None] - logits)*weight).sum(1)/total.clamp(min=1e-12)
     return Terms(torch.where(total > 0, value, 0.0), (total > 0).to(value.dtype))
+
+
+def _contrast_all(loss, s, relation):
+    "The plain form over all documents: exceptions are written into the logits, and no other matrix is made."
+    rows, cols, kind = relation.exceptions
+    positive, out = kind == POS, kind != OWN
+    q, d = rows[positive], cols[positive]
+    right = s[q, d]/loss.temperature
+    logits = (s/loss.temperature).index_put_((rows[out], cols[out]), s.new_tensor(torch.finfo(s.dtype).min/2))
+    negative, count = logits.logsumexp(1), torch.bincount(q, minlength=len(s))
+    if loss.positives == "each": value = s.new_zeros(len(s)).index_add(0, q, F.softplus(negative[q] - right))/count.clamp(min=1)
+    else:
+        top = s.new_full((len(s),), torch.finfo(s.dtype).min/2).scatter_reduce(0, q, right.detach(), "amax")
+        best = top + s.new_zeros(len(s)).index_add(0, q, (right - top[q]).exp()).clamp(min=1e-30).log()
+        value = F.softplus(negative - best)
+    has = count > 0
+    return Terms(torch.where(has, value, 0.0), has.to(s.dtype))
 
 
 def _hard(kind, negatives, which):
@@ -313,7 +334,6 @@ class M3KD:
     teacher_temperature: float = 1.0 # divides the teacher's scores
     in_batch: bool = True # are the other queries' documents negatives?
     similarity: str = "cos" # "cos" or "dot"
-    needs_own = True
 
     @property
     def view(self): return "all" if self.in_batch else "own"

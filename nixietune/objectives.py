@@ -48,8 +48,7 @@ def relations_of(
     batch, # the batch's labels
 ) -> dict: # view -> `Relation`
     "The relations that some losses read."
-    with_own = any(getattr(loss, "needs_own", False) for loss in losses.values())
-    return {view: relate(batch, view, with_own) for view in {loss.view for loss in losses.values()}}
+    return {view: relate(batch, view) for view in {loss.view for loss in losses.values()}}
 
 
 def terms_of(

@@ -43,7 +43,7 @@ def groups(n=8, negatives=3, dim=10, seed=0):
 def ours(loss, q, d, batch, precise=True):
     "The loss of a step, computed in float64 so that only formulas are compared."
     from nixietune.relation import relate
-    relation = relate(batch, loss.view, getattr(loss, "needs_own", False))
+    relation = relate(batch, loss.view)
     terms = loss(SIMILARITIES[loss.similarity](q, d, relation.cols), relation)
     return (terms.value * terms.weight).sum() / len(batch["q_id"])
 
@@ -171,7 +171,7 @@ def test_order_does_not_matter(loss):
     torch.manual_seed(0)
     q, d, batch = mixed()
     new_q, new_d, edges = torch.randperm(len(q)), torch.randperm(len(d)), torch.randperm(15)
-    if hasattr(loss, "needs_own"): edges = torch.arange(15)  # here the order within a group is a part of the formula
+    if isinstance(loss, M3KD): edges = torch.arange(15)  # here the order within a group is a part of the formula
     place_q, place_d = new_q.argsort(), new_d.argsort()
     moved = {k: v[edges] for k, v in batch.items() if k in ("kind", "score", "teacher")} | {"q_id": batch["q_id"], "d_id": batch["d_id"], "known": batch["known"],
         "edges": torch.stack([place_q[batch["edges"][0]], place_d[batch["edges"][1]]])[:, edges]}
@@ -308,7 +308,7 @@ def test_m3_kd(in_batch):
         wanted = wanted + (t[:, member] * torch.nn.functional.cross_entropy(masked, target, reduction="none")).mean()
     from nixietune.relation import relate
     loss = M3KD(tau, in_batch=in_batch)
-    relation = relate(batch, loss.view, with_own=True)
+    relation = relate(batch, loss.view)
     terms = loss(SIMILARITIES["cos"](q, d, relation.cols), relation)
     same((terms.value * terms.weight).sum() / n, wanted, q, *columns)
     found = Objective(loss)(q.float(), d.float(), batch)["M3KD"]
@@ -323,3 +323,46 @@ def test_m3_kd_with_missing_scores():
     assert found.weight.tolist() == [1, 0, 1]
     s, t = torch.cosine_similarity(q[:1, None], torch.stack([columns[i][0] for i in (0, 2, 3)])[None], dim=-1)[0] / 0.1, teacher[0, [0, 2, 3]].double().softmax(0)
     assert found.value[0].item() == pytest.approx(sum(t[i] * (s[i:].logsumexp(0) - s[i]) for i in range(3)).item(), rel=1e-4)
+
+
+# ---- the short way and the long way
+
+@pytest.mark.parametrize("positives", ["each", "together"])
+@pytest.mark.parametrize("seed", range(5))
+def test_exceptions_and_matrices(positives, seed):
+    "InfoNCE from exceptions equals InfoNCE from matrices, value and gradient, whatever stands in the relation."
+    g = torch.Generator().manual_seed(seed)
+    kind = torch.tensor([SKIP, NEG, NEG, NEG, OWN, POS])[torch.randint(0, 6, (7, 11), generator=g)].to(torch.int8)
+    kind[2] = NEG  # a query without anything of its own
+    found = []
+    for loss in (InfoNCE(0.1, positives=positives), InfoNCE(0.1, positives=positives, weighted=True)):  # without scores all weigh 1
+        s = torch.randn(7, 11, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+        terms = loss(s, Relation(kind, torch.full((7, 11), NAN)))
+        (terms.value * terms.weight).sum().backward()
+        found.append((terms.value.detach(), terms.weight, s.grad))
+    for short, long in zip(*found): assert torch.allclose(short.double(), long.double(), atol=1e-9)
+    assert not found[0][2][kind == SKIP].any() and found[0][1][2] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_relation_pair_by_pair(seed):
+    "Every pair of both views is what the rules say."
+    from nixietune.relation import relate
+    g = torch.Generator().manual_seed(seed)
+    n, m = 6, 9
+    pairs_of = [(q, d) for q in range(n) for d in torch.randperm(m, generator=g)[:q % 4].tolist()]
+    rows, cols = torch.tensor(pairs_of).T
+    kind = torch.tensor([SKIP, OWN, POS])[torch.randint(0, 3, (len(rows),), generator=g)].to(torch.int8)
+    known = torch.stack([torch.randint(0, n, (8,), generator=g), torch.randint(95, 100 + m + 5, (8,), generator=g)]).unique(dim=1)
+    batch = {"q_id": torch.arange(n), "d_id": 100 + torch.arange(m), "edges": torch.stack([rows, cols]), "kind": kind, "known": known,
+        "score": torch.rand(len(rows), generator=g), "teacher": torch.full((len(rows),), NAN)}
+    said = {(q, d): k for q, d, k in zip(rows.tolist(), cols.tolist(), kind.tolist())}
+    is_known = {(q, d - 100) for q, d in known.T.tolist()}
+    rule = lambda q, d: POS if said.get((q, d)) == POS else SKIP if (q, d) in is_known or said.get((q, d)) == SKIP else said.get((q, d), NEG)
+    whole, own = relate(batch), relate(batch, "own")
+    assert whole.kind.tolist() == [[rule(q, d) for d in range(m)] for q in range(n)]
+    mine = {q: [d for p, d in pairs_of if p == q] for q in range(n)}
+    most = max(map(len, mine.values()))
+    assert whole.own.tolist() == [mine[q] + [-1] * (most - len(mine[q])) for q in range(n)]
+    assert own.kind.tolist() == [[rule(q, d) for d in mine[q]] + [SKIP] * (most - len(mine[q])) for q in range(n)]
+    assert torch.equal(own.score.nan_to_num(-1), torch.stack([torch.where(o >= 0, whole.score[q].gather(0, o.clamp(min=0)), -1) for q, o in enumerate(whole.own)]))
