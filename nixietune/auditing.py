@@ -26,10 +26,12 @@ from typing import Callable
 from .core import InputError, check_range, fingerprint
 from .display import Table, say
 from .evaluation import encode_texts, similarity_of
-from .groups import DOCUMENT, GROUP, batches, counted, table_of, text_id
+from .dialects import DOCUMENT, GROUP
 from .plots import plot_lengths, plot_scores
 from .texts import NEAR, near_duplicates, normal_form, numbered, script_of, shortened, things
+from .tables import batches, table_of
 from .tokens import length_limit
+from .values import counted, text_id
 
 # %% ../nbs/33_audit.ipynb #9cea8f02
 def sides_of(

@@ -14,8 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from .core import InputError, fingerprint, how_to_install, write_json
 from .display import quiet
-from .groups import DOCUMENT, GROUP, batches, cached, content_id, read_arrow, table_of, text_id, write_arrow
+from .dialects import DOCUMENT, GROUP
+from .tables import batches, cached, content_id, read_arrow, table_of, write_arrow
 from .texts import split_groups
+from .values import text_id
 
 # %% ../nbs/12_samples.ipynb #151b490d
 SAMPLES = 3 # raise it when the same sources would give another sample

@@ -18,7 +18,9 @@ from math import isfinite
 from numbers import Real
 from .core import InputError
 from .display import say
-from .groups import batches, counted, documents, kind_of, text_id
+from .groups import documents
+from .tables import batches
+from .values import counted, kind_of, text_id
 
 # %% ../nbs/11_texts.ipynb #c9a3aa7b
 SPACELESS = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
