@@ -58,7 +58,8 @@ def items_of(
                 doc_id=np.array([ids.setdefault(o, len(ids) - 1) for o in column("doc_id").to_pylist()], int),
                 **{o: column(o).to_numpy(zero_copy_only=False).astype(float) for o in ("score", "teacher")})))
             start += len(batch)
-    return pd.concat(frames, ignore_index=True), list(texts)
+    columns = dict(row=int, side=object, text=int, doc_id=int, score=float, teacher=float)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({k: pd.Series(dtype=v) for k, v in columns.items()}), list(texts)
 
 # %% ../nbs/33_audit.ipynb #ad163777
 def query_numbers(
@@ -332,16 +333,17 @@ def change_items(
 # %% ../nbs/33_audit.ipynb #4ac65da9
 def unify_documents(
     groups:"datasets.Dataset", # groups
-    near:float=NEAR, # documents of this similarity are one
+    near:float=NEAR, # documents of this similarity are one; None: only equal texts, which then have one id
 ) -> "datasets.Dataset":
     "Put the first of nearly equal documents in the place of the others, with the first id that one of them has."
+    import numpy as np
     texts = items_of(groups)[1]
-    first = near_duplicates(texts, near)
+    first = np.arange(len(texts)) if near is None else near_duplicates(texts, near)
     name, ids = dict(zip(texts, first.tolist())), {}
     for item in (item for o in chain.from_iterable(batches(groups)) for item in all_items(o)):
         if item["doc_id"] is not None: ids.setdefault(name[item["doc"]], item["doc_id"])
     count = sum(number != i for i, number in enumerate(first.tolist()))
-    say(f"{counted(count, 'document')} replaced by one that is nearly the same")
+    say(f"{counted(count, 'document')} replaced by one that is nearly the same" if near is not None else "equal texts have one id")
     one = lambda item, _: item | {"doc": texts[name[item["doc"]]], "doc_id": ids.get(name[item["doc"]])}
     return change_items(groups, one)
 
@@ -369,7 +371,7 @@ def find_near_documents(data):
 
 _ID_TROUBLE = ( # name, what must be single, severity, what was found, meaning, advice, call
     ("texts_with_ids", "text", "warning", "with the text of another id", "The same text is two documents: to find the "
-        "one counts as missing the other.", "Let the first id stand for all", "unify_documents(groups)"),
+        "one counts as missing the other.", "Let the first id stand for all", "unify_documents(groups, near=None)"),
     ("ids_with_texts", "doc_id", "error", "with the id of another text", "Nobody can say which text is meant, and "
         "`corpus_of` refuses such groups.", "Give them other ids, or go by the texts alone", "forget_ids(groups)"))
 
@@ -585,12 +587,12 @@ _TEACHERS = ( # name, severity, fits (scores, share of documents that have one),
         "Distillation would teach that all documents are equally good.", "Take them away", "drop_teacher"),
     ("whole_teacher", "warning", lambda s, have: (s == s.round()).all(), "a teacher's scores that are whole numbers",
         "They look like grades that somebody gave, and are not read as such.", "Make them grades", "teacher_to_score"),
-    ("wide_teacher", "note", lambda s, have: s.min() < 0 or s.max() > 1, "a teacher's scores outside 0 to 1",
-        "They are logits: right for KL divergence, wrong for a loss that compares them with a cosine.",
-        "Bring them between 0 and 1", "squash_teacher"),
     ("partial_teacher", "warning", lambda s, have: have < 1, "a teacher's scores on some documents only",
         "A group is distilled only where all its documents have a score.", "Score them all, or take them away",
-        "drop_teacher"))
+        "drop_teacher"),
+    ("wide_teacher", "note", lambda s, have: s.min() < 0 or s.max() > 1, "a teacher's scores outside 0 to 1",
+        "They are logits: right for KL divergence, wrong for a loss that compares them with a cosine.",
+        "Bring them between 0 and 1", "squash_teacher"))
 
 
 def find_teacher_trouble(data):
@@ -616,7 +618,7 @@ def find_teacher_trouble(data):
 # %% ../nbs/33_audit.ipynb #fc2c5ea5
 def sort_by_grade(
     groups:"datasets.Dataset", # groups
-    threshold:float=0.5, # the least grade of a positive
+    threshold:float=None, # the least grade of a positive; any above 0 without it, as in test collections
 ) -> "datasets.Dataset":
     "Put each graded document on the side that its grade says; a group without positives is left out."
     moved = Counter()
@@ -624,7 +626,8 @@ def sort_by_grade(
         sides = {"pos": [], "neg": []}
         for side in sides:
             for item in record[side] or []:
-                right = side if item["score"] is None else "pos" if item["score"] >= threshold else "neg"
+                good = (item["score"] or 0) > 0 if threshold is None else (item["score"] or 0) >= threshold
+                right = side if item["score"] is None else "pos" if good else "neg"
                 moved[right] += right != side
                 sides[right].append(item)
         moved["bare"] += bool(record["pos"]) and not sides["pos"]

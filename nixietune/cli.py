@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN', 'EVALUATE', 'DEMO', 'DEMO_SETTINGS', 'Option', 'read_value', 'read_settings', 'demo', 'finish', 'groups_of',
-           'train', 'evaluate', 'parser', 'main']
+           'corpus_for', 'train', 'evaluate', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #255902fb
 import argparse, os, shlex, sys
@@ -165,11 +165,23 @@ def groups_of(
     for o in faults.rows[:20]: say(f"  {o['where']}: {o['what']}; expected {o['expected']}")
     return groups
 
+
+def corpus_for(
+    settings, # of `train` or `evaluate`
+): # Dataset of documents; None where there are only those of the groups
+    "The documents to search: those that were named, or those of the test collection that the groups come from."
+    from nixietune.groups import load_corpus
+    from nixietune.judgments import find_collection
+    whole = next((o for o in (settings.get("test") or settings["groups"]) if Path(o).is_dir() and find_collection(o)), None)
+    source = settings["corpus"] or whole
+    if not source: return None
+    found = load_corpus(source, on_error=settings["on_error"])
+    return found if settings["on_error"] == "raise" else found[0]
+
 # %% ../nbs/90_cli.ipynb #801f4859
 def train(settings, command=""):
     "Fine-tune on files."
     from nixietune.experiments import finetune
-    from nixietune.groups import load_corpus
     from nixietune.losses import InfoNCE
     from nixietune.recipes import recipe
     s, output = settings, Path(settings["output"])
@@ -178,7 +190,7 @@ def train(settings, command=""):
     if (output/"metrics.json").exists() and not s["overwrite"]:
         raise InputError("already holds a run", str(output), "another --output, or --overwrite")
     groups, dev, test = (groups_of(s, name) for name in ("groups", "dev", "test"))
-    corpus = load_corpus(s["corpus"]) if s["corpus"] else None
+    corpus = corpus_for(s)
     known = {"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
              **{o: o for o in ("positives_per_query", "train_group_size", "shuffle_ratio")}, "precision": "precision", "forward": "forward",
              "gradient_accumulation_steps": "accumulate"}
@@ -198,12 +210,15 @@ def evaluate(settings, command=""):
     from nixietune.display import say
     from nixietune.encoder import load_encoder
     from nixietune.evaluation import evaluate, write_trec_run
-    from nixietune.groups import corpus_of, load_corpus
+    from nixietune.groups import corpus_of
     s = settings
     if not s["groups"]: raise InputError("no groups", "evaluate", "--groups FILE")
     if s["output"]: check_folder(s["output"])
     groups = groups_of(s)
-    corpus = load_corpus(s["corpus"]) if s["corpus"] else corpus_of(groups)
+    corpus = corpus_for(s)
+    if corpus is None:
+        corpus = corpus_of(groups)
+        say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
     found = evaluate(load_encoder(s["model"], max_length=s["max_length"]), groups, corpus, missing=s["missing"])
     if s["output"]:
         write_json(Path(s["output"])/"metrics.json", found.summary() | {"model": s["model"], "command": command})

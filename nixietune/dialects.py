@@ -76,7 +76,7 @@ def text_items(
     return [make_item(doc, f"{name}[{i}]", **{what: check_number(value, f"{numbers}[{i}]")})
         for i, (doc, value) in enumerate(zip(docs, values))]
 
-
+# %% ../nbs/07_dialects.ipynb #36d944ce
 def has(
     row:dict, # a row
     *names:str, # fields
