@@ -265,7 +265,7 @@ def _taught(numbers, name, item, neg):
     values = [check_number(o, f"{name}[{i}]") for i, o in enumerate(numbers)]
     return dict(pos=[item | {"teacher": values[0]}], neg=[o | {"teacher": v} for o, v in zip(neg, values[1:])])
 
-
+# %% ../nbs/07_dialects.ipynb #562e3798
 def write_columns(
     record:dict, # a record
 ) -> list: # a row for each positive with all negatives, or for each pair

@@ -176,7 +176,7 @@ def arrange(
             keep[names == folder] = False; say(f"{folder}: dropped, {counted(count, 'group')} of at least {drop_threshold:,} when merged")
     return renamed(groups, names.tolist()).select(np.flatnonzero(keep)) if not keep.all() or (names != np.array(groups["dataset"][:], object)).any() else groups
 
-
+# %% ../nbs/10_groups.ipynb #a5d2e810
 def check_rules(
     small_threshold:int=0, drop_threshold:int=0, max_example_num_per_dataset:int=None, seed:int=0, # see `arrange`
 ):

@@ -98,7 +98,7 @@ def read_judgment(
     try: return query, doc, check_number(float(grade), "the grade")
     except ValueError: raise InputError(f"the grade is {field_name(grade)!r}", expected="a finite number") from None
 
-
+# %% ../nbs/08_judgments.ipynb #69ffb41e
 def judgments(
     path:Path, # a file of judgments
 ): # yields (line number, (query id, document id, grade) or `InputError`)

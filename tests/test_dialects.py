@@ -308,3 +308,83 @@ def test_scored_documents_are_neither(capsys):
     with pytest.raises(InputError, match="rows:1: `pos` is an empty list"): write_groups(groups, "a.jsonl", "bge")
     with pytest.raises(InputError, match="nothing in it that this dialect can hold; expected a positive"): write_groups(groups, "a.jsonl", "nixietune-flat")
     assert plain(load_groups(write_groups(groups, "a.jsonl"))) == plain(groups)
+
+
+# ---- what a stranger tried
+
+def test_columns_say_what_they_cannot_mean():
+    "A number beside a positive is used, or is an error; never left out, and never turned into a positive."
+    one = lambda **row: make_groups([row])[0]
+    assert [len(one(anchor="a", positive="b", label=0)[side]) for side in SIDES] == [0, 1, 0]
+    assert one(anchor="a", positive="b", score=0.3)["scored"][0]["score"] == 0.3
+    taught = one(query="a", positive="b", negative_1="c", negative_2="d", label=[9.1, 2.0, 1.5])
+    assert [o["teacher"] for o in taught["pos"] + taught["neg"]] == [9.1, 2.0, 1.5]
+    for row, message in (({"query": "a", "positive": "b", "negative": "c", "score": 3.2}, "`score` beside a negative"),
+            ({"anchor": "a", "query": "q", "positive": "b"}, "`query` beside `anchor`"), ({"sentence1": "a", "sentence2": "b", "negative": "c"}, "`negative` beside `sentence1`"),
+            ({"sentence1": "a", "sentence2": "b", "score": None}, "`score` is null"), ({"anchor": "a", "positive": "b", "negative": "c", "label": [1, 2, 3]}, "has 3 numbers for 2 documents")):
+        with pytest.raises(InputError, match=message): one(**row)
+    with pytest.raises(InputError, match="`scores` belongs to the dialect rag"): make_groups([{"query": "a", "pos": ["b"], "pos_scores": [1]}] * 100 + [{"query": "a", "pos": ["b"], "scores": [0.0]}])
+
+
+def test_one_bad_row_of_a_table_is_one_row():
+    good = "".join(f"q{i},d{i}\n" for i in range(1_000))
+    Path("a.csv").write_text("anchor,positive\n" + good + 'x,"y" z\n' + good)
+    Path("b.csv").write_bytes(("anchor,positive\n" + good).encode() + b"caf\xe9,d\n" + good.encode())
+    Path("c.json").write_text('[{"anchor":"a","positive":"b"},\n{"anchor":"a","anchor":"c","positive":"b"},\n{"anchor":"e","positive":"f"}]')
+    for name, rows, line in (("a.csv", 2_000, 1_002), ("b.csv", 2_000, 1_002), ("c.json", 2, 2)):
+        with quiet(): groups, faults = load_groups(name, on_error="skip")
+        assert len(groups) == rows and [o["where"] for o in faults.rows] == [f"{name}:{line}"], name
+    Path("d.tsv").write_text('anchor\tpositive\nc\t"hello" world\n"whole"\t"two ""quoted"" words"\n')
+    assert [(o["query"], o["pos"][0]["doc"]) for o in load_groups("d.tsv")] == [("c", '"hello" world'), ("whole", 'two "quoted" words')]
+
+
+def test_collections_are_added_to_and_nothing_else_is_touched(capsys):
+    groups = make_groups([{"query": "a", "pos": [{"doc": "x", "score": 0.123456789}]}, {"query": "b", "pos": [{"doc": "y", "score": 1234567.0}]}])
+    write_groups(groups.select([0]), "set", "beir", split="train")
+    write_groups(groups.select([1]), "set", "beir", split="test")
+    assert load_groups("set", split="train")[0]["pos"][0]["score"] == 0.123456789 and load_groups("set", split="test")[0]["pos"][0]["score"] == 1234567.0
+    assert len(load_corpus("set")) == 2
+    Path("mine").mkdir()
+    Path("mine/code.py").write_text("precious")
+    with pytest.raises(InputError, match="mine: holds other things, such as code.py"): write_groups(groups, "mine", "beir")
+    assert Path("mine/code.py").read_text() == "precious"
+    capsys.readouterr()
+    write_groups(make_groups([{"query": "a", "pos": [{"doc": "x"}], "neg": [{"doc": "x"}], "dataset": "d"}]), "twice", "beir")
+    assert "dataset (1 group)" in (said := capsys.readouterr().out) and "a document that stands twice in its group (1 group)" in said
+    with pytest.raises(InputError, match="an id without tabs"): write_groups(make_groups([{"query": "a", "query_id": "a\tb", "pos": [{"doc": "x"}]}]), "ids", "beir")
+    with pytest.raises(InputError, match="a name for the judgments"): write_groups(groups, "split", "beir", split="a/b")
+
+
+def test_judgments_with_holes():
+    Path("q.jsonl").write_text("1\td1\t\n")
+    for text, found in (("1\td1\t\n", "a cell is empty"), ("\td1\t1\n", "a cell is empty"), ("corpus-id\tquery-id\tscore\nd1\tq1\t1\n", ("q1", "d1", 1.0)), ("q1 0 d1 2\n", ("q1", "d1", 2.0)), ("q1 d1\n", ("q1", "d1", 1.0))):
+        from nixietune.judgments import judgments
+        Path("q.tsv").write_text(text)
+        (_, one), = judgments(Path("q.tsv"))
+        assert one == found if isinstance(found, tuple) else found in str(one), text
+
+
+def test_corpora_of_all_kinds():
+    Path("co").mkdir()
+    Path("co/collection.tsv").write_text("1\tone\n2\ttwo\n")
+    Path("co/more.txt").write_text("three\n")
+    for source in ("co/collection.tsv", ["co/collection.tsv"], "co/*.tsv"): assert load_corpus(source)["doc_id"][:] == ["1", "2"], source
+    assert load_corpus(["co/more.txt"])["text"][:] == ["three"]
+
+
+def test_splits_and_rules_that_cannot_be_meant():
+    Path("a.jsonl").write_text(lines(*ROWS))
+    for options, message in (({"split": "test"}, "files have no splits"), ({"split": "train]"}, "cannot be read"), ({"split": "[%:]"}, "cannot be read"), ({"split": "[20:30]"}, "leaves nothing of 2 rows"),
+            ({"threshold": float("nan")}, "`threshold` is nan"), ({"threshold": "0.5"}, "`threshold` is a text"), ({"max_example_num_per_dataset": -3}, "a whole number, 1 or more"), ({"small_threshold": None}, "a whole number, 0 or more")):
+        with pytest.raises(InputError, match=message): load_groups("a.jsonl", **options)
+    with pytest.raises(InputError, match="the same file twice"): load_groups(["a.jsonl", Path("a.jsonl").resolve()])
+    with pytest.raises(InputError, match="the rows are null"): make_groups(None)
+    with pytest.raises(InputError, match="the columns of groups"): write_groups(datasets.Dataset.from_list(ROWS), "b.jsonl")
+    with pytest.raises(InputError, match="two columns have the same name|the frame cannot be read"): load_groups(pd.DataFrame([["a", "b"]], columns=["query", "query"]))
+
+
+def test_the_convention_is_added_to_the_type():
+    Path("clustering-no_in_batch_neg").mkdir()
+    Path("clustering-no_in_batch_neg/arxiv.jsonl").write_text(lines({"query": "a", "pos": ["b"], "type": "symmetric_clustering", "category": "cs"}))
+    for source in ("clustering-no_in_batch_neg", "clustering-no_in_batch_neg/*.jsonl", "clustering-no_in_batch_neg/arxiv.jsonl"):
+        assert load_groups(source, dataset="x")["type"][:] == ["symmetric_clustering no_in_batch_neg"]
