@@ -82,14 +82,15 @@ def with_dialect(
     dialect:str|None, # a key of `DIALECTS`, or None to recognise it
     scan:Scan, # gets a note
 ): # (the dialect or None, the same rows)
-    "Look at the first hundred rows and settle the dialect."
+    "Look at the first hundred rows that can be read and settle the dialect."
     if dialect is not None:
         scan.note = f", read as {dialect}, as asked"
         return dialect_named(dialect), rows
-    rows, head = iter(rows), []
+    rows, head, readable = iter(rows), [], 0
     for pair in rows:
         head.append(pair)
-        if sum(row is not None for _, row in head[-100:]) == 100: break
+        readable += isinstance(pair[1], dict)
+        if readable == 100 or len(head) == 10_000: break
     found, reason = recognise(head, scan.where)
     if found: scan.note = f", read as {found.name} ({reason})"
     return found, chain(head, rows)

@@ -493,6 +493,8 @@ def split_groups(
     queries, size = whole["query"][:], len(groups)
     part = in_order(components(whole, by, near), queries, seed)
     check_sizes(whole, part, once(queries, size), fractions, by, near)
+    if gone := len({*queries[size:]} - {*queries[:size]}):
+        say(f"{gone:,} {'query' if gone == 1 else 'queries'} of before not among the groups: what moves of them, you have to move")
     home, moved = settled(part, before)
     dataset = np.unique([o or "" for o in groups["dataset"][:]], return_inverse=True)[1] # in the order of their names
     split = deal(part[:size], dataset, fractions, home)

@@ -388,3 +388,10 @@ def test_the_convention_is_added_to_the_type():
     Path("clustering-no_in_batch_neg/arxiv.jsonl").write_text(lines({"query": "a", "pos": ["b"], "type": "symmetric_clustering", "category": "cs"}))
     for source in ("clustering-no_in_batch_neg", "clustering-no_in_batch_neg/*.jsonl", "clustering-no_in_batch_neg/arxiv.jsonl"):
         assert load_groups(source, dataset="x")["type"][:] == ["symmetric_clustering no_in_batch_neg"]
+
+
+def test_many_faults_before_the_first_good_row():
+    "The dialect is settled by rows that can be read, wherever they begin."
+    Path("late.jsonl").write_text("{\n" * 150 + lines(*ROWS))
+    with quiet(): groups, faults = load_groups("late.jsonl", on_error="skip")
+    assert len(groups) == 2 and len(faults.rows) == 150
