@@ -1,0 +1,119 @@
+"""What does a loss cost, beside its twin in sentence-transformers? `python benchmarks/losses.py --help`
+
+Forward and backward from vectors: our side makes the relation, the similarities and the loss, as a training step does; theirs computes the loss from
+vectors. Each measurement is a process of its own; printed are medians of CPU seconds and of the memory that it took beyond the vectors.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+
+def batch_of(n, k, kinds):
+    "Labels of n queries with k documents each."
+    import torch
+    rows = torch.arange(n).repeat_interleave(k)
+    nan = torch.full((n * k,), float("nan"))
+    return {"q_id": torch.arange(n), "d_id": torch.arange(n * k), "edges": torch.stack([rows, torch.arange(n * k)]), "kind": torch.tensor(kinds, dtype=torch.int8).repeat(n),
+        "score": nan, "teacher": torch.rand(n * k), "known": torch.zeros(2, 0, dtype=torch.int64)}
+
+
+def twins():
+    "name -> (our loss, theirs, kinds of each query's documents, does theirs want labels?)"
+    from sentence_transformers.sentence_transformer import losses as theirs
+    from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
+    from nixietune.losses import Contrastive, CoSENT, Cosine, InfoNCE, KL, MarginMSE, Triplet
+    from nixietune.relation import OWN, POS
+    every = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    make = lambda name, **more: getattr(theirs, name)(model=None, **more)
+    return {
+        "InfoNCE": (InfoNCE(), make("MultipleNegativesRankingLoss"), [POS], None),
+        "InfoNCE, a negative": (InfoNCE(), make("MultipleNegativesRankingLoss"), [POS, OWN], None),
+        "InfoNCE, four directions": (InfoNCE(directions=every), make("MultipleNegativesRankingLoss", directions=every), [POS], None),
+        "Cosine": (Cosine(), make("CosineSimilarityLoss"), [POS], "ones"),
+        "Contrastive": (Contrastive(), make("ContrastiveLoss"), [POS], "ones"),
+        "Triplet": (Triplet(0.3, similarity="cos"), make("TripletLoss", distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.3), [POS, OWN], None),
+        "CoSENT": (CoSENT(), make("CoSENTLoss"), [POS], "score"),
+        "AnglE": (CoSENT(similarity="angle"), make("AnglELoss"), [POS], "score"),
+        "MarginMSE": (MarginMSE(), make("MarginMSELoss"), [POS, OWN], "teacher"),
+        "KL": (KL(1.0, similarity="dot"), make("DistillKLDivLoss"), [POS, OWN], "teacher"),
+    }
+
+
+def own_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+class Peak(threading.Thread):
+    "Watches the memory while something runs."
+    def __init__(self): super().__init__(daemon=True); self.start_at, self.most, self.done = own_memory(), 0, threading.Event()
+    def run(self):
+        while not self.done.wait(0.002): self.most = max(self.most, own_memory())
+
+
+def one(side, name, n, dim=384):
+    "Seconds and memory of one forward and backward, after a small one as warm-up."
+    import torch
+    from nixietune.objectives import Objective
+    torch.set_num_threads(1)
+    ours, theirs, kinds, wants = twins()[name]
+
+    def step(n):
+        torch.manual_seed(0)
+        k = len(kinds)
+        q, *columns = (torch.randn(n, dim, requires_grad=True) for _ in range(k + 1))
+        d, batch = torch.stack([o.detach() for o in columns], 1).flatten(0, 1).requires_grad_(), batch_of(n, k, kinds)
+        if wants == "score": batch["score"] = torch.rand(n)
+        labels = {"ones": torch.ones(n), "score": batch["score"], "teacher": batch["teacher"].view(n, k)}.get(wants)
+        objective, peak = Objective(ours), Peak()
+        peak.start()
+        start = time.process_time()
+        if side == "ours": loss = sum((o.value * o.weight).sum() / n for o in objective(q, d, batch).values())
+        else: loss = theirs.compute_loss_from_embeddings([q, *columns], labels)
+        loss.backward()
+        seconds = time.process_time() - start
+        peak.done.set()
+        return seconds, max(peak.most, own_memory()) - peak.start_at
+
+    step(32)
+    seconds = median(step(n)[0] for _ in range(3)) if n <= 2048 else step(n)[0]
+    return {"seconds": seconds, "memory": step(n)[1]}
+
+
+def main(o):
+    from nixietune.core import runtime
+    from nixietune.display import Table
+    rows = []
+    for name in o.losses or twins():
+        for n in o.sizes:
+            found = {side: [] for side in ("ours", "theirs")}
+            for _ in range(o.rounds):
+                for side, results in found.items():
+                    done = subprocess.run([sys.executable, __file__, "--one", side, name, str(n)], capture_output=True, text=True)
+                    if done.returncode: sys.exit(f"{side} {name} {n} failed:\n{done.stderr}")
+                    results.append(json.loads(done.stdout.splitlines()[-1]))
+            middle = {(side, what): median(r[what] for r in results) for side, results in found.items() for what in ("seconds", "memory")}
+            rows.append({"loss": name, "B": n, "ms": 1e3 * middle["ours", "seconds"], "theirs, ms": 1e3 * middle["theirs", "seconds"], "time": middle["ours", "seconds"] / middle["theirs", "seconds"],
+                "MB": middle["ours", "memory"] / 2**20, "theirs, MB": middle["theirs", "memory"] / 2**20, "memory": middle["ours", "memory"] / max(1, middle["theirs", "memory"])})
+            print("{loss:26}{B:6}  time {time:.2f}  memory {memory:.2f}".format(**rows[-1]), flush=True)
+    formats = {k: ".1f" for k in ("ms", "theirs, ms", "MB", "theirs, MB")} | {"time": ".2f", "memory": ".2f"}
+    print(Table(rows, title=f"384 dimensions, one thread, {runtime().name}, {date.today()}", formats=formats))
+    if o.json: Path(o.json).write_text(json.dumps({"machine": runtime().name, "date": date.today().isoformat(), "rounds": o.rounds, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--sizes", type=int, nargs="+", default=[64, 512, 2048, 8192], help="queries a batch")
+    p.add_argument("--losses", nargs="+", help="names of losses (all)")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--json", help="where to write everything")
+    p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = p.parse_args()
+    if options.one: print(json.dumps(one(options.one[0], options.one[1], int(options.one[2]))))
+    else: main(options)
