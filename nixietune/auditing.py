@@ -436,12 +436,15 @@ def seen_before(
     splits:dict, # name -> groups
     kind:str, # "queries" or "positives"
 ) -> list: # (name, number of the group, text, and the same of the first split that has it)
-    "What splits have in common with earlier ones, one for each group and text."
-    found = [(name, row, text) for name, part in splits.items() for row, text, _ in things(part, kind)]
-    number, texts = numbered(text for *_, text in found)
+    "What splits have in common with earlier ones, by text or by id, one for each group and text."
+    found = [(name, *o) for name, part in splits.items() for o in things(part, kind)]
+    number, texts = numbered(text for _, _, text, _ in found)
     first, shared = {}, []
-    for here, cluster in zip(found, near_duplicates(texts)[number].tolist()):
-        if first.setdefault(cluster, here)[0] != here[0]: shared.append((*here, *first[cluster]))
+    for (*here, given), cluster in zip(found, near_duplicates(texts)[number].tolist()):
+        keys = [cluster] if given is None else [cluster, ("id", given)]
+        earlier = [first.setdefault(o, tuple(here)) for o in keys]
+        before = next((o for o in earlier if o[0] != here[0]), None)
+        if before: shared.append((*here, *before))
     return shared
 
 
