@@ -106,3 +106,9 @@ def test_pages_have_names_of_their_own():
     "52_losses.ipynb is published as losses.html: a 30_index.ipynb would take the place of the home page."
     names = [str(p.parent / re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.stem)) for p in NOTEBOOKS]
     assert [name for name in names if names.count(name) > 1] == []
+
+
+@notebook
+def test_something_is_seen_to_happen(path):
+    "A page with code shows a result."
+    assert not cells(path) or any(o["outputs"] for o in cells(path))
