@@ -26,7 +26,7 @@ from typing import Callable
 from .core import InputError, check_range, fingerprint
 from .display import Table, say
 from .evaluation import encode_texts, similarity_of
-from .dialects import DOCUMENT, GROUP
+from .dialects import DOCUMENT, GROUP, SIDES
 from .plots import plot_lengths, plot_scores
 from .texts import NEAR, near_duplicates, normal_form, numbered, script_of, shortened, things
 from .tables import batches, table_of
@@ -38,7 +38,7 @@ def sides_of(
     groups:"datasets.Dataset", # groups
 ) -> list[str]:
     "The lists of documents that the groups have: positives, negatives, and those that are only scored."
-    return [o for o in ("pos", "neg", "scored") if o in groups.column_names]
+    return [o for o in SIDES if o in groups.column_names]
 
 
 def items_of(

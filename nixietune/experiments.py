@@ -19,7 +19,7 @@ from .evaluation import evaluate, Evaluation, relevance
 from .groups import corpus_of
 from .texts import leaks, split_groups
 from .tokens import length_limit
-from .training import Trainer, TrainingArguments
+from .training import precision_in, Trainer, TrainingArguments
 
 # %% ../nbs/63_experiments.ipynb #0c643257
 @dataclass
@@ -135,7 +135,7 @@ def facts_of(
     a, f = trainer.args, trainer.facts
     settings = {k: getattr(a, k) for k in ("num_train_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "seed")}
     return {"layout": trainer.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
-            "precision": "bf16" if a.bf16 else "fp16" if a.fp16 else "fp32", "loss": [str(o) for o in trainer.loss.objective.losses.values()],
+            "precision": precision_in(a), "loss": [str(o) for o in trainer.loss.objective.losses.values()],
             "dropout": dropout_of(trainer.model), "max_length": trainer.model.max_seq_length, **f,
             "full_length": {role: round(float(np.mean(store.lengths >= length_limit(trainer.model, role))), 4)
                             for role, store in trainer.source.stores.items()},

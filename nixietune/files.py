@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'PACKED', 'DECODER', 'COMMA', 'BETWEEN', 'NUMBERS', 'LISTS', 'READERS', 'SHOWN', 'kind_of_file',
-           'open_bytes', 'unreadable', 'byte_lines', 'no_field_twice', 'parse_line', 'spread_object', 'json_lines',
-           'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'table_rows', 'arrow_rows', 'parquet_rows',
-           'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
+           'open_bytes', 'unreadable', 'byte_lines', 'no_field_twice', 'not_utf8', 'parse_line', 'spread_object',
+           'json_lines', 'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'table_rows', 'arrow_rows',
+           'parquet_rows', 'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
 
 # %% ../nbs/05_files.ipynb #35225c71
 import csv, glob, gzip, io, json, re, zlib
@@ -20,8 +20,6 @@ from .values import counted, field_name, kind_of
 
 # %% ../nbs/05_files.ipynb #3cbda158
 LONGEST = 256*2**20 # bytes of one line, or of one object in a .json file
-
-
 PACKED = (".gz", ".zst")
 
 
@@ -79,6 +77,15 @@ def no_field_twice(
 DECODER = JSONDecoder(object_pairs_hook=no_field_twice)
 
 
+def not_utf8(
+    line:bytes, # one line of the file
+    error:UnicodeDecodeError, # where it cannot be read
+) -> InputError:
+    "A line that is not text in UTF-8, as a fault."
+    return InputError(f"byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8", expected=
+        "a file saved as UTF-8" + (" (this looks like UTF-16)" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""))
+
+
 def parse_line(
     line:bytes, # one line of the file
 ) -> "dict|InputError|None": # None where the line is blank
@@ -86,9 +93,7 @@ def parse_line(
     try:
         text = line.decode("utf-8").strip()
         row = DECODER.decode(text) if text else None
-    except UnicodeDecodeError as error:
-        return InputError(f"byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8", expected=
-            "a file saved as UTF-8" + (" (this looks like UTF-16)" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""))
+    except UnicodeDecodeError as error: return not_utf8(line, error)
     except JSONDecodeError as error:
         return InputError(f"not JSON, column {error.colno}: {error.msg}", expected="one whole JSON object a line")
     except InputError as error: return error
@@ -269,6 +274,8 @@ def parquet_rows(
 # %% ../nbs/05_files.ipynb #63631ee3
 READERS = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_rows, ".csv": table_rows, ".tsv": table_rows,
     ".parquet": parquet_rows}
+
+
 def bare_name(
     path:Path, # a file
 ) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import InputError
 from .dialects import make_item, make_record
-from .files import byte_lines, bare_name, kind_of_file, READERS, rows_in, Scan
+from .files import byte_lines, kind_of_file, not_utf8, READERS, rows_in, Scan
 from .values import check_id, check_number, check_text, counted, field_name, kind_of, shape_of
 
 # %% ../nbs/08_judgments.ipynb #8e35d4a4
@@ -47,8 +47,7 @@ def cell_rows(
     for number, line in byte_lines(path):
         if isinstance(line, InputError): yield number, line; continue
         try: cells = line.decode("utf-8").rstrip("\r\n").split("\t", len(names) - 1)
-        except UnicodeDecodeError as error:
-            yield number, InputError(f"byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8", expected="a file saved as UTF-8"); continue
+        except UnicodeDecodeError as error: yield number, not_utf8(line, error); continue
         if not "".join(cells).strip(): yield number, None
         elif len(cells) == len(names): yield number, dict(zip(names, cells))
         else: yield number, InputError(f"{counted(len(cells), 'cell')} between tabs", expected=f"{len(names)}: {', '.join(names)}")
@@ -118,7 +117,7 @@ def judgments(
             if "" in cells: raise InputError("a cell is empty", expected="a query, a document and a grade")
             if header and len(cells) <= max(header.values()): raise InputError(counted(len(cells), "cell"), expected="as many as the line of names has")
             yield number, read_judgment([cells[header[o]] for o in ("qid", "docid", "grade")] if header else cells)
-        except UnicodeDecodeError: yield number, InputError("a character here is not UTF-8", expected="a file saved as UTF-8")
+        except UnicodeDecodeError as error: yield number, not_utf8(line, error)
         except InputError as error: yield number, error
 
 

@@ -395,3 +395,10 @@ def test_many_faults_before_the_first_good_row():
     Path("late.jsonl").write_text("{\n" * 150 + lines(*ROWS))
     with quiet(): groups, faults = load_groups("late.jsonl", on_error="skip")
     assert len(groups) == 2 and len(faults.rows) == 150
+
+
+def test_a_corpus_has_no_splits_either(capsys):
+    Path("c.txt").write_text("one\ntwo\nthree\nfour\n")
+    assert load_corpus("c.txt", split="[:50%]")["text"][:] == ["one", "two"] and "2 of 4 documents: [:50%]" in capsys.readouterr().out
+    with pytest.raises(InputError, match="files have no splits"): load_corpus("c.txt", split="test")
+    with pytest.raises(InputError, match="the same file twice"): load_corpus(["c.txt", Path("c.txt").resolve()])
