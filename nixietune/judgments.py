@@ -116,7 +116,7 @@ def judgments(
             if number == 1 and (header := _header(cells)): continue
             if "" in cells: raise InputError("a cell is empty", expected="a query, a document and a grade")
             if header and len(cells) <= max(header.values()): raise InputError(counted(len(cells), "cell"), expected="as many as the line of names has")
-            yield number, read_judgment([cells[header[o]] for o in ("qid", "docid", "grade")] if header else cells)
+            yield number, read_judgment([cells[header[o]] for o in NAMED if o in header] if header else cells)
         except UnicodeDecodeError as error: yield number, not_utf8(line, error)
         except InputError as error: yield number, error
 
@@ -124,8 +124,8 @@ def judgments(
 def _header(cells):
     "Where the query, the document and the grade stand, if this is a line of names."
     names = [o.lower() for o in cells]
-    found = {k: next((names.index(o) for o in known if o in names), None) for k, known in NAMED.items()}
-    return found if None not in found.values() else None
+    found = {k: names.index(o) for k, known in NAMED.items() for o in known if o in names}
+    return found if {"qid", "docid"} <= found.keys() else None
 
 
 def _named(row):

@@ -357,7 +357,7 @@ def test_collections_are_added_to_and_nothing_else_is_touched(capsys):
 
 def test_judgments_with_holes():
     Path("q.jsonl").write_text("1\td1\t\n")
-    for text, found in (("1\td1\t\n", "a cell is empty"), ("\td1\t1\n", "a cell is empty"), ("corpus-id\tquery-id\tscore\nd1\tq1\t1\n", ("q1", "d1", 1.0)), ("q1 0 d1 2\n", ("q1", "d1", 2.0)), ("q1 d1\n", ("q1", "d1", 1.0))):
+    for text, found in (("1\td1\t\n", "a cell is empty"), ("\td1\t1\n", "a cell is empty"), ("corpus-id\tquery-id\tscore\nd1\tq1\t1\n", ("q1", "d1", 1.0)), ("qid\tpid\nq1\td1\n", ("q1", "d1", 1.0)), ("q1 0 d1 2\n", ("q1", "d1", 2.0)), ("q1 d1\n", ("q1", "d1", 1.0))):
         from nixietune.judgments import judgments
         Path("q.tsv").write_text(text)
         (_, one), = judgments(Path("q.tsv"))
