@@ -7,7 +7,6 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -45,45 +44,42 @@ def twins():
     }
 
 
-def own_memory():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+def peak_of(step):
+    "The most memory, in bytes, that tensors held at once while `step` ran, beyond what there was: from every allocation and release that the profiler saw."
+    import torch
+    with torch.profiler.profile(profile_memory=True) as seen: step()
+    changes = [o for o in seen.profiler.kineto_results.events() if o.name() == "[memory]"]
+    held, most = 0, 0
+    for o in sorted(changes, key=lambda o: o.start_ns()):
+        held += o.nbytes()
+        most = max(most, held)
+    return most
 
 
-class Peak(threading.Thread):
-    "Watches the memory while something runs."
-    def __init__(self): super().__init__(daemon=True); self.start_at, self.most, self.done = own_memory(), 0, threading.Event()
-    def run(self):
-        while not self.done.wait(0.002): self.most = max(self.most, own_memory())
-
-
-def one(side, name, n, dim=384):
-    "Seconds and memory of one forward and backward, after a small one as warm-up."
+def one(side, name, n, dim=384, threads=1):
+    "CPU seconds of one forward and backward, the mean of as many as fit into half a second, and the peak of its memory."
     import torch
     from nixietune.objectives import Objective
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
     ours, theirs, kinds, wants = twins()[name]
+    k = len(kinds)
+    q, *columns = (torch.randn(n, dim, requires_grad=True) for _ in range(k + 1))
+    d, batch = torch.stack([o.detach() for o in columns], 1).flatten(0, 1).requires_grad_(), batch_of(n, k, kinds)
+    if wants == "score": batch["score"] = torch.rand(n)
+    labels = {"ones": torch.ones(n), "score": batch["score"], "teacher": batch["teacher"].view(n, k)}.get(wants)
+    objective = Objective(ours)
 
-    def step(n):
-        torch.manual_seed(0)
-        k = len(kinds)
-        q, *columns = (torch.randn(n, dim, requires_grad=True) for _ in range(k + 1))
-        d, batch = torch.stack([o.detach() for o in columns], 1).flatten(0, 1).requires_grad_(), batch_of(n, k, kinds)
-        if wants == "score": batch["score"] = torch.rand(n)
-        labels = {"ones": torch.ones(n), "score": batch["score"], "teacher": batch["teacher"].view(n, k)}.get(wants)
-        objective, peak = Objective(ours), Peak()
-        peak.start()
-        start = time.process_time()
+    def step():
+        for o in (q, d, *columns): o.grad = None
         if side == "ours": loss = sum((o.value * o.weight).sum() / n for o in objective(q, d, batch).values())
         else: loss = theirs.compute_loss_from_embeddings([q, *columns], labels)
         loss.backward()
-        seconds = time.process_time() - start
-        peak.done.set()
-        return seconds, max(peak.most, own_memory()) - peak.start_at
 
-    step(32)
-    seconds = median(step(n)[0] for _ in range(3)) if n <= 2048 else step(n)[0]
-    return {"seconds": seconds, "memory": step(n)[1]}
+    step(), step()
+    times, start = 0, time.process_time()
+    while (spent := time.process_time() - start) < 0.5 or times < 3: step(); times += 1
+    return {"seconds": spent / times, "memory": peak_of(step)}
 
 
 def main(o):

@@ -112,12 +112,14 @@ def _contrast(loss, similarities, relation):
 
 def _contrast_all(loss, s, relation):
     "The plain form over all documents: exceptions are written into the logits, and no other matrix is made."
-    rows, cols, kind = relation.exceptions
-    positive, out = kind == POS, kind != OWN
+    (rows, cols, kind), logits = relation.exceptions, s/loss.temperature
+    positive, out, nothing = kind == POS, kind == SKIP, s.new_tensor(torch.finfo(s.dtype).min/2)
     q, d = rows[positive], cols[positive]
-    right = s[q, d]/loss.temperature
-    logits = (s/loss.temperature).index_put_((rows[out], cols[out]), s.new_tensor(torch.finfo(s.dtype).min/2))
-    negative, count = logits.logsumexp(1), torch.bincount(q, minlength=len(s))
+    if out.any(): logits = logits.index_put((rows[out], cols[out]), nothing)
+    if len(q) == len(s) and torch.equal(q, torch.arange(len(s), device=q.device)):  # one positive each
+        return Terms(F.cross_entropy(logits, d, reduction="none"), s.new_ones(len(s)))
+    right, count = logits[q, d], torch.bincount(q, minlength=len(s))
+    negative = logits.index_put((q, d), nothing).logsumexp(1)
     if loss.positives == "each": value = s.new_zeros(len(s)).index_add(0, q, F.softplus(negative[q] - right))/count.clamp(min=1)
     else:
         top = s.new_full((len(s),), torch.finfo(s.dtype).min/2).scatter_reduce(0, q, right.detach(), "amax")
@@ -169,8 +171,7 @@ def grades(
 ) -> tuple: # (f32[B, K] grades, bool[B, K] which of them count)
     "What the user says of each query's own documents."
     given = ~relation.score.isnan()
-    grade = torch.where(given, relation.score, (relation.kind == POS).to(relation.score.dtype))
-    return grade, given & (relation.kind != NEG) | (relation.kind == POS) | (relation.kind == OWN)
+    return torch.where(given, relation.score, relation.kind == POS), given | (relation.kind > NEG)
 
 
 def per_query(
@@ -179,7 +180,7 @@ def per_query(
 ) -> Terms: # a query without any has weight 0
     "The mean of each query's values."
     n = counted.sum(1)
-    return Terms(torch.where(counted, values, 0.0).sum(1)/n.clamp(min=1), (n > 0).to(values.dtype))
+    return Terms((values*(counted/n.clamp(min=1)[:, None])).sum(1), (n > 0).to(values.dtype))
 
 
 @dataclass(frozen=True)
@@ -277,14 +278,21 @@ class CoSENT:
     ) -> Terms: # one for the batch
         "The loss of all pairs of the batch."
         grade, counted = grades(relation)
-        grade, order = grade[counted].sort()
-        s = similarities[counted][order]/self.temperature
-        above = torch.searchsorted(grade, grade, right=True)  # where the pairs with a higher grade begin
-        nothing = s.new_full((1,), float("-inf"))
-        from_here_on = torch.cat([torch.logcumsumexp(-s.flip(0), 0).flip(0), nothing])  # log of the sum of exp(-s) over the rest
-        has = above < len(s)
-        value = torch.cat([s.new_zeros(1), s[has] + from_here_on[above[has]]]).logsumexp(0)
-        return whole_batch(value, (counted.sum(1) > 0).sum() if has.any() else 0)
+        s = similarities[counted]/self.temperature
+        value, gradient, some = _out_of_order(s.detach(), grade[counted])
+        return whole_batch(value + ((s - s.detach())*gradient).sum(), (counted.sum(1) > 0).sum() if some else 0)
+
+
+def _out_of_order(s, grade):
+    "log(1 + sum of exp(s_j - s_i) over all i above j), its gradient, and whether there is any such pair."
+    grade, order = grade.sort()
+    s, nothing = s[order], s.new_full((1,), float("-inf"))
+    above, below = torch.searchsorted(grade, grade, right=True), torch.searchsorted(grade, grade)
+    over = torch.cat([torch.logcumsumexp(-s.flip(0), 0).flip(0), nothing])[above]  # log of the sum of exp(-s) over all above
+    under = torch.cat([nothing, torch.logcumsumexp(s, 0)])[below]  # and of exp(s) over all below
+    value = torch.cat([s.new_zeros(1), s + over]).logsumexp(0)
+    gradient = (s + over - value).exp() - (under - s - value).exp()
+    return value, torch.empty_like(s).index_copy(0, order, gradient), bool((above < len(s)).any())
 
 # %% ../nbs/52_losses.ipynb #48d47fc9
 @dataclass(frozen=True)
@@ -304,10 +312,9 @@ class KL:
         counted = ~relation.teacher.isnan()
         log_p, log_t = (o.masked_fill(~counted, torch.finfo(o.dtype).min/2).log_softmax(1) for o in
             (similarities/self.temperature, relation.teacher.nan_to_num()/self.teacher_temperature))
-        t = torch.where(counted, log_t.exp(), 0.0)
-        value = (t*torch.where(counted, (log_t if self.entropy else 0) - log_p, 0.0)).sum(1)
-        enough = counted.sum(1) > 1
-        return Terms(torch.where(enough, value, 0.0), enough.to(value.dtype))
+        t = log_t.exp()*counted
+        value = (t*(log_t - log_p if self.entropy else -log_p)).sum(1)  # of less than two: 0
+        return Terms(value, (counted.sum(1) > 1).to(value.dtype))
 
 # %% ../nbs/52_losses.ipynb #c730587e
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ class Relation:
     @cached_property
     def teacher(self): return self._spread(self.edges[3])
     @cached_property
-    def own(self): return own_columns(*self.edges[:2], self.shape[0])
+    def own(self):
+        if self.edges is None: return torch.arange(self.shape[1], device=self.kind.device).expand(self.shape)
+        return own_columns(*self.edges[:2], self.shape[0])
+
     def _spread(self, values): return torch.full(self.shape, float("nan"), device=values.device).index_put(self.edges[:2], values)
 
 # %% ../nbs/50_relation.ipynb #25f9ccf0
@@ -67,15 +70,22 @@ def relate(
 ) -> Relation:
     "Turn the exceptions of a batch into the relation of one view."
     if view not in ("all", "own"): raise InputError(f"view={view!r}", "relate", "'all' or 'own'")
-    (rows, cols), shape = batch["edges"], (len(batch["q_id"]), len(batch["d_id"]))
+    (rows, cols), kind, shape = batch["edges"], batch["kind"], (len(batch["q_id"]), len(batch["d_id"]))
+    known, more = _known_here(batch, shape[1])
+    if len(known): kind = torch.where((kind == OWN) & torch.isin(rows*shape[1] + cols, known), SKIP, kind)  # a known positive is nobody's negative
+    edges = (rows, cols, batch["score"], batch["teacher"])
+    if view == "own": return _own(*edges, kind, shape[0])
+    exceptions = rows, cols, kind
+    if len(more): exceptions = [torch.cat(o) for o in zip(exceptions, (more // shape[1], more % shape[1], torch.full_like(more, SKIP, dtype=kind.dtype)))]
+    return Relation(exceptions=exceptions, edges=edges, shape=shape)
+
+
+def _known_here(batch, width):
+    "Known positives that stand in the batch, as row*width + column: all of them, and those that are not their query's own documents."
+    if not batch["known"].numel(): return batch["known"][0], batch["known"][0]
     place, there = places_of(batch["known"][1], batch["d_id"])
-    known = batch["known"][0][there]*shape[1] + place[there]
-    given = rows*shape[1] + cols
-    kind = torch.where((batch["kind"] == OWN) & torch.isin(given, known), SKIP, batch["kind"])  # a known positive is nobody's negative
-    if view == "own": return _own(rows, cols, kind, batch["score"], batch["teacher"], shape[0])
-    more = known[~torch.isin(known, given)]
-    exceptions = (torch.cat([rows, more // shape[1]]), torch.cat([cols, more % shape[1]]), torch.cat([kind, torch.full_like(more, SKIP, dtype=kind.dtype)]))
-    return Relation(exceptions=exceptions, edges=(rows, cols, batch["score"], batch["teacher"]), shape=shape)
+    known = batch["known"][0][there]*width + place[there]
+    return known, known[~torch.isin(known, batch["edges"][0]*width + batch["edges"][1])]
 
 # %% ../nbs/50_relation.ipynb #d20fc250
 def slots(
@@ -99,8 +109,11 @@ def own_columns(
     return torch.full((n, most), -1, dtype=torch.int64, device=rows.device).index_put((rows, at), cols)
 
 
-def _own(rows, cols, kind, score, teacher, n):
+def _own(rows, cols, score, teacher, kind, n):
     "The view that keeps each query's own documents."
+    most = len(rows)//max(1, n)
+    if most*n == len(rows) and torch.equal(rows, torch.arange(len(rows), device=rows.device)//max(1, most)):  # as many for each, in order
+        return Relation(*(o.view(n, most) for o in (kind, score, teacher, cols)))
     at, most = slots(rows, n)
     def spread(values, empty): return torch.full((n, most), empty, dtype=values.dtype, device=rows.device).index_put((rows, at), values)
     return Relation(spread(kind, SKIP), spread(score, float("nan")), spread(teacher, float("nan")), spread(cols, 0), spread(at, -1))
