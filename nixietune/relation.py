@@ -37,6 +37,11 @@ class Relation:
         return rows, cols, self.kind[rows, cols]
 
     @cached_property
+    def positives(self): # (rows, columns)
+        rows, cols, kind = self.exceptions
+        return rows[kind == POS], cols[kind == POS]
+
+    @cached_property
     def kind(self):
         rows, cols, kind = self.exceptions
         return torch.full(self.shape, NEG, dtype=torch.int8, device=rows.device).index_put((rows, cols), kind)

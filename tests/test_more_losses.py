@@ -222,8 +222,8 @@ SETS = [DIRECTIONS[:1], [DIRECTIONS[0], DIRECTIONS[2]], DIRECTIONS[:2], [DIRECTI
 def with_blocks(loss, q, d, batch):
     from nixietune.losses import Blocks
     from nixietune.relation import relate
-    similarity = SIMILARITIES[loss.similarity]
-    terms = loss(Blocks(similarity(q, d), similarity(q, q), similarity(d, d)), relate(batch, loss.view))
+    similarity, relation = SIMILARITIES[loss.similarity], relate(batch, loss.view)
+    terms = loss(Blocks(similarity(q, d), similarity(q, q), similarity(d[relation.positives[1]], d)), relation)
     return (terms.value * terms.weight).sum() / len(q)
 
 
@@ -366,3 +366,56 @@ def test_relation_pair_by_pair(seed):
     assert whole.own.tolist() == [mine[q] + [-1] * (most - len(mine[q])) for q in range(n)]
     assert own.kind.tolist() == [[rule(q, d) for d in mine[q]] + [SKIP] * (most - len(mine[q])) for q in range(n)]
     assert torch.equal(own.score.nan_to_num(-1), torch.stack([torch.where(o >= 0, whole.score[q].gather(0, o.clamp(min=0)), -1) for q, o in enumerate(whole.own)]))
+
+
+# ---- a guide says which negatives are answers
+
+@pytest.mark.parametrize("negatives, directions", [(0, DIRECTIONS), (0, DIRECTIONS[:2]), (0, DIRECTIONS[:1]), (1, DIRECTIONS[:1])], ids=str)
+@pytest.mark.parametrize("margin, relative", [(0.0, False), (0.1, False), (0.3, True), (-0.2, False)])
+def test_guide(negatives, directions, margin, relative):
+    "GISTEmbedLoss with vectors in place of models: its margin is below the positive, ours above."
+    directions = [o for o in directions if o != "doc_to_query"]  # which it does not have
+    if margin < 0 and len(directions) > 1: pytest.skip("then theirs holds a query against itself")
+    q, columns, _, batch = groups(negatives=negatives)
+    d, guide = torch.stack(columns, 1).flatten(0, 1), torch.randn(len(q) * (1 + len(columns)), 5, dtype=q.dtype)
+    guide[len(q):len(q) + 8] = guide[:8] + guide[len(q):len(q) + 8]  # near enough that something is left out
+    columns_of_guide = [guide[:len(q)], *guide[len(q):].view(len(q), len(columns), -1).unbind(1)]
+
+    class Whose(torch.nn.Module):
+        def __init__(self, vectors): super().__init__(); self.vectors = vectors
+        def forward(self, features): return {"sentence_embedding": self.vectors[features["i"]]}
+    gist = theirs.GISTEmbedLoss.__new__(theirs.GISTEmbedLoss)  # which wants models to be made
+    torch.nn.Module.__init__(gist)
+    gist.model, gist.guide, gist.must_retokenize, gist.gather_across_devices = Whose([q, *columns]), Whose(columns_of_guide), False, False
+    gist.temperature, gist.margin, gist.margin_strategy = 0.07, margin, "relative" if relative else "absolute"
+    gist.contrast_anchors, gist.contrast_positives = "query_to_query" in directions, "doc_to_doc" in directions
+    gist.similarity_fct, gist.cross_entropy_loss = torch.nn.CosineSimilarity(dim=-1), torch.nn.CrossEntropyLoss()
+    wanted = gist([{"i": i} for i in range(1 + len(columns))], None)
+
+    loss = InfoNCE(0.07, guided=True, leave_out=-margin, relative=relative, directions=tuple(directions))
+    terms = Objective(loss)(q, d, batch | {"vectors": {"guide": guide}})["InfoNCE"]
+    plain = Objective(InfoNCE(0.07, directions=tuple(directions)))(q, d, batch)["InfoNCE"]
+    assert (terms.value - plain.value).abs().max() > 1e-3  # something is left out
+    same((terms.value * terms.weight).sum() / len(q), wanted, q, *columns)
+
+
+def test_a_guide_is_missed():
+    q, columns, _, batch = groups()
+    with pytest.raises(InputError, match="a guide's vectors"): Objective(InfoNCE(guided=True))(q, torch.stack(columns, 1).flatten(0, 1), batch)
+
+
+@pytest.mark.parametrize("losses", [InfoNCE(0.1), [InfoNCE(0.2, in_batch=False), KL(0.3)]], ids=str)
+def test_a_learned_temperature(losses):
+    "Its gradient is that of the logarithm, by differences; and it stays at 0.01 or above."
+    from nixietune.objectives import LOWEST_TEMPERATURE
+    q, columns, _, batch = groups()
+    d, objective = torch.stack(columns, 1).flatten(0, 1), Objective(losses, learn_temperature=True).double()
+    total = lambda: sum((o.value * o.weight).sum() for o in objective(q, d, batch).values())
+    total().backward()
+    for o in objective.temperatures:
+        with torch.no_grad():
+            o += 1e-5; above = total(); o -= 2e-5; below = total(); o += 1e-5
+        assert o.grad.item() == pytest.approx(((above - below) / 2e-5).item(), rel=1e-3)
+    with torch.no_grad(): objective.temperatures[0].fill_(-9.0)
+    total()
+    assert objective.temperatures[0].exp().item() == pytest.approx(LOWEST_TEMPERATURE)
