@@ -196,7 +196,7 @@ def _from_tokens(source, q, d, labels, places):
     rows = [queries[i] for i in q] + [documents[i] if (at := places.get(i)) is None else source.stores["reordered"][at] for i in d]
     lengths, n = np.array([len(row) for row in rows]), len(q)
     prompts = np.concatenate([queries.prompt_lengths[q], documents.prompt_lengths[d]])
-    labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max())
+    labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max(initial=0))
     plan = plan_forwards(source.layout, lengths, source.budget, prompts, np.arange(len(rows)) >= n)
     return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]])) for here in plan]
 
@@ -220,8 +220,9 @@ class Source(torch.utils.data.Dataset):
         positives=None, # positives a group, drawn anew each epoch; all without it
         negatives=None, # own negatives a group, drawn anew each epoch; all without it
         shuffle_ratio=0.0, # chance that a long positive is read in another order
+        vectors=None, # name -> `Beside`: vectors of teachers or of a guide that go with the labels
     ):
-        self.shuffle_ratio, self.first = shuffle_ratio, {}
+        self.shuffle_ratio, self.first, self.vectors = shuffle_ratio, {}, vectors or {}
         self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
         prompts, queries = zip(*index.queries)
         document = prompt_of(model, "document")
@@ -248,4 +249,5 @@ class Source(torch.utils.data.Dataset):
         forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, q, d, labels, _places(self, key, d, labels))
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))
         labels["computed"] = sum(tokens_in(features) for _, features in forwards)
+        if self.vectors: labels["vectors"] = {name: torch.from_numpy(beside(q, d)) for name, beside in self.vectors.items()}
         return {"packs": [features for _, features in forwards], "label": labels}

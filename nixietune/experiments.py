@@ -89,6 +89,8 @@ def finetune(
     output_dir="runs/finetune", # where checkpoints go
     split=(0.8, 0.1, 0.1), # train, dev, test; used where there is no test set
     missing="error", # test positives that are not in the corpus: "error", "add" or "count"
+    teachers=None, # vectors of one or several teachers, for `DistillVectors`
+    guide=None, # vectors of a guide, for `InfoNCE(guided=True)`
     max_length=None, # tokens a text is cut at: a number, or {"query": ..., "document": ...}
     dropout=None, # chance of dropout while training; the model's own without it
     seed=0, # of everything
@@ -104,7 +106,8 @@ def finetune(
         say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
-    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing)
+    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing,
+                      teachers=teachers, guide=guide)
     seconds = {}
     with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing)
     with timed(seconds, "training"): trainer.train(resume)

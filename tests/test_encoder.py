@@ -11,7 +11,7 @@ from nixietune.batching import BatchKey, index_groups, KeySampler, Source
 from nixietune.core import InputError
 from nixietune.encoder import check_layout, encode, layout_of, load_encoder, make_features, PACKABLE, plan_forwards, prepare, set_max_length
 from nixietune.groups import make_groups
-from nixietune.objectives import Step
+from nixietune.steps import Step
 from nixietune.testing import tiny_model
 from nixietune.tokens import attend, tokenize
 

@@ -6,7 +6,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from nixietune.batching import BatchKey, index_groups, Source
 from nixietune.groups import load_groups, make_groups, write_groups
 from nixietune.losses import InfoNCE
-from nixietune.objectives import Objective, Step
+from nixietune.objectives import Objective
+from nixietune.steps import Step
 from nixietune.relation import relate
 from nixietune.similarities import cos
 from nixietune.testing import tiny_model, toy_corpus, toy_groups

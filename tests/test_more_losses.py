@@ -414,8 +414,8 @@ def test_a_learned_temperature(losses):
     total().backward()
     for o in objective.temperatures:
         with torch.no_grad():
-            o += 1e-5; above = total(); o -= 2e-5; below = total(); o += 1e-5
-        assert o.grad.item() == pytest.approx(((above - below) / 2e-5).item(), rel=1e-3)
+            o += 3e-3; above = total(); o -= 6e-3; below = total(); o += 3e-3
+        assert o.grad.item() == pytest.approx(((above - below) / 6e-3).item(), rel=1e-2, abs=1e-3)
     with torch.no_grad(): objective.temperatures[0].fill_(-9.0)
     total()
     assert objective.temperatures[0].exp().item() == pytest.approx(LOWEST_TEMPERATURE)

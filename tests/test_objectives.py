@@ -7,7 +7,8 @@ from sentence_transformers.sentence_transformer import losses as theirs
 from nixietune.batching import BatchKey, index_groups, Source
 from nixietune.encoder import encode, layout_of, prepare
 from nixietune.losses import Contrastive, CoSENT, InfoNCE, KL, Triplet
-from nixietune.objectives import Matryoshka, Objective, Step
+from nixietune.objectives import Matryoshka, Objective
+from nixietune.steps import Step
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
 from nixietune.training import Trainer, TrainingArguments
 
