@@ -1,0 +1,108 @@
+"Two processes give the loss and the gradient of one process with the whole batch."
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nixietune.batching import BatchKey, batch_labels, index_groups, Source
+from nixietune.distillation import DistillVectors
+from nixietune.groups import make_groups
+from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
+from nixietune.objectives import Matryoshka, Objective
+from nixietune.steps import Step, union
+from nixietune.testing import tiny_model, toy_groups
+
+EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+OBJECTIVES = {
+    "InfoNCE": lambda: InfoNCE(0.1),
+    "InfoNCE, others' negatives": lambda: InfoNCE(0.1, in_batch="negatives"),
+    "InfoNCE, positives together, learned": lambda: Objective(InfoNCE(0.1, positives="together"), learn_temperature=True),
+    "four directions, guided": lambda: InfoNCE(0.1, directions=EVERY, guided=True),
+    "KL and InfoNCE": lambda: [KL(0.1), InfoNCE(0.1, in_batch=False)],
+    "M3KD": lambda: M3KD(0.1),
+    "Matryoshka": lambda: Matryoshka(InfoNCE(0.1), (32, 8)),
+    "CoSENT": lambda: CoSENT(),
+    "BatchKL": lambda: BatchKL(),
+    "online contrastive": lambda: Contrastive(online=True),
+    "Triplet": lambda: Triplet(0.2, True, "cos"),
+    "vectors": lambda: DistillVectors(dims=(32, 8), project=(32, 6)),
+}
+
+
+def objective_of(name):
+    torch.manual_seed(1)
+    loss = OBJECTIVES[name]()
+    return loss if isinstance(loss, Objective) else Objective(loss)
+
+
+def groups():
+    "Two readers share a document and a known answer, have unequal numbers of documents, and one query asks twice."
+    rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]][:n % 4]} for n, o in enumerate(toy_groups(9, negatives=3))]
+    rows[6]["neg"].append(rows[0]["pos"][0])  # somebody else's positive
+    rows[7]["pos"].append(rows[1]["pos"][0])  # an answer of two queries
+    rows[8]["query"] = rows[2]["query"]  # the same query again: each one's positive is known to the other
+    return make_groups(rows, "bge")
+
+
+def step(rows, objective, start, source, cached=False):
+    model, batch = deepcopy(start), source[BatchKey(0, 0, rows, 0)]
+    label = batch["label"]
+    numbers = torch.cat([label["q_id"] + 1000, label["d_id"]])  # made from ids, so that they are the same wherever a text is read
+    def drawn(n, of): return torch.stack([torch.randn(n, generator=torch.Generator().manual_seed(int(o))) for o in of])
+    label["teacher"] = drawn(1, label["edges"][0] * 0 + label["d_id"][label["edges"][1]]).squeeze(1)
+    label["vectors"] = {"guide": drawn(5, numbers), "teacher": drawn(6, numbers)}
+    out = Step(model, objective, cached)(batch["packs"], label)
+    loss = sum(out.values()) if isinstance(out, dict) else out
+    loss.backward()
+    own = [o.grad.flatten() if o.grad is not None else torch.zeros(o.numel()) for o in objective.parameters()]
+    return loss.item(), torch.cat([o.grad.flatten() for o in model.parameters() if o.grad is not None]), torch.cat([torch.zeros(0), *own])
+
+
+def beginning(folder):
+    model = tiny_model()
+    return model, Source(model, index_groups(groups(), model=model, folder=f"{folder}/index"), 60)
+
+
+def reader(rank, parts, names, folder):
+    torch.set_num_threads(1)
+    start, source = beginning(folder)  # before there are processes: only the first one writes files then
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts))
+    found = {}
+    for name, cached in names:
+        loss, gradient, own = step(parts[rank], objective_of(name), start, source, cached)
+        dist.all_reduce(gradient)
+        gathered = [torch.empty_like(own) for _ in parts]
+        dist.all_gather(gathered, own)
+        found[name, cached] = loss, gradient / len(parts), gathered  # the mean, as data-parallel training takes it
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    parts, names = [(0, 1, 2, 3, 4), (5, 6, 7, 8)], [(name, cached) for name in OBJECTIVES for cached in (False, True)]
+    torch.set_num_threads(1)
+    start, source = beginning(tmp_path)
+    mp.spawn(reader, (parts, names, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
+    for name, cached in names:
+        loss, gradient, own = step(sum(parts, ()), objective_of(name), start, source)
+        assert gradient.abs().max() > 1e-4, name
+        for one in found:
+            theirs, mean, each = one[name, cached]
+            assert theirs == pytest.approx(loss, rel=1e-5, abs=1e-5), name
+            assert (mean - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), name
+            for o in each: assert torch.allclose(o, own, atol=1e-5, rtol=1e-4), name
+
+
+def test_the_parts_matter():
+    "What the two readers share is there: without it the test above would prove less."
+    arrays = index_groups(groups()).arrays
+    labels = [batch_labels(arrays, BatchKey(0, 0, rows, 0))[0] for rows in ((0, 1, 2, 3, 4), (5, 6, 7, 8))]
+    assert len({*labels[0]["d_id"].tolist()} & {*labels[1]["d_id"].tolist()}) >= 2 and len(labels[0]["d_id"]) != len(labels[1]["d_id"])
+    whole, first = union(labels)
+    alone = batch_labels(arrays, BatchKey(0, 0, tuple(range(9)), 0))[0]
+    for name in ("q_id", "d_id", "kind", "edges"): assert torch.equal(whole[name], alone[name]), name
+    assert {*map(tuple, whole["known"].T.tolist())} == {*map(tuple, alone["known"].T.tolist())}
+    assert first.max() < sum(len(o["d_id"]) for o in labels)
