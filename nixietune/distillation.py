@@ -89,10 +89,10 @@ class DistillVectors(nn.Module):
         return {name: whole_batch(found[name], len(q)) for name in self.weights}
 
     def described(self):
-        parts = " + ".join(f"{w:g} x {name}" for name, w in self.weights.items())
-        return [f"DistillVectors: {parts}" + (f", over the first {', '.join(map(str, self.dims))} numbers" if self.dims else "")]
+        over = f", over the first {', '.join(map(str, self.dims))} numbers" if self.dims else ""
+        return ["DistillVectors: " + " + ".join(f"{w:g} x {name}" for name, w in self.weights.items()) + over]
 
-
+# %% ../nbs/54_distillation.ipynb #4e50df25
 def _direction(s, t):
     "The error of whole vectors."
     if s.shape[1] == t.shape[1]: return direction_error(s, t)

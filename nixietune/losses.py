@@ -58,6 +58,19 @@ _CHOICES = {"in_batch": (True, False, "negatives", "positives"), "positives": ("
     "hard_ones": ("all", "own", "in_batch")}
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
+
+def _check(loss):
+    "Settings that contradict each other."
+    if not loss.temperature > 0: raise InputError(f"temperature={loss.temperature!r}", "InfoNCE", "a number above 0")
+    for name, choices in _CHOICES.items():
+        if getattr(loss, name) not in choices: raise InputError(f"{name}={getattr(loss, name)!r}", "InfoNCE", " or ".join(map(repr, choices)))
+    if "query_to_doc" not in loss.directions or {*loss.directions} - {*DIRECTIONS}:
+        raise InputError(f"directions={loss.directions!r}", "InfoNCE", f"'query_to_doc' and others of {', '.join(DIRECTIONS)}")
+    if loss.partition == "per_direction" and {*loss.directions} & {"query_to_query", "doc_to_doc"}:
+        raise InputError("partition='per_direction'", "InfoNCE", "directions that hold the positive: query_to_doc, doc_to_query")
+    if len(loss.directions) > 1 and (loss.positives, loss.in_batch) != ("each", True):
+        raise InputError("several directions", "InfoNCE", "positives='each' and in_batch=True")
+
 # %% ../nbs/52_losses.ipynb #a6ef42f9
 @dataclass(frozen=True, repr=False)
 class InfoNCE:
@@ -75,17 +88,7 @@ class InfoNCE:
     directions: tuple = ("query_to_doc",) # see below
     partition: str = "joint" # one softmax over all directions, or one "per_direction"
 
-    def __post_init__(self):
-        if not self.temperature > 0: raise InputError(f"temperature={self.temperature!r}", "InfoNCE", "a number above 0")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices: raise InputError(f"{name}={getattr(self, name)!r}", "InfoNCE", " or ".join(map(repr, choices)))
-        if "query_to_doc" not in self.directions or {*self.directions} - {*DIRECTIONS}:
-            raise InputError(f"directions={self.directions!r}", "InfoNCE", f"'query_to_doc' and others of {', '.join(DIRECTIONS)}")
-        if self.partition == "per_direction" and {*self.directions} & {"query_to_query", "doc_to_doc"}:
-            raise InputError("partition='per_direction'", "InfoNCE", "directions that hold the positive: query_to_doc, doc_to_query")
-        if len(self.directions) > 1 and (self.positives, self.in_batch) != ("each", True):
-            raise InputError("several directions", "InfoNCE", "positives='each' and in_batch=True")
-
+    def __post_init__(self): _check(self)
     def __repr__(self):
         shown = [o for i, o in enumerate(fields(self)) if i < 4 or getattr(self, o.name) != o.default]
         return f"InfoNCE({', '.join(f'{o.name}={getattr(self, o.name)!r}' for o in shown)})"
@@ -140,7 +143,7 @@ def _contrast_all(loss, s, relation):
     has = count > 0
     return Terms(torch.where(has, value, 0.0), has.to(s.dtype))
 
-
+# %% ../nbs/52_losses.ipynb #b0f03de3
 def _hard(kind, negatives, which):
     "The negatives that count more when they are near."
     return negatives if which == "all" else negatives & (kind == (OWN if which == "own" else NEG))

@@ -141,7 +141,7 @@ def _again(path, model, texts, prompts):
         found = encode(model, some, role, prompts=prompts[role] and prompts[role][:3], progress=False)
         if found.shape[1:] != (there.dim,) or np.abs(found - there[rows]).max(initial=0) > 0.01*np.abs(found).max(initial=1):
             raise InputError("holds vectors of another model", str(path), "another path, or none there")
-    say(f"{path}: {there}, as they are")
+    say(f"{Path(path).name}: {there}, as they are")
     return there
 
 # %% ../nbs/41_teachers.ipynb #09328b09
