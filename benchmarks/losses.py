@@ -1,7 +1,7 @@
 """What does a loss cost, beside its twin in sentence-transformers? `python benchmarks/losses.py --help`
 
 Forward and backward from vectors: our side makes the relation, the similarities and the loss, as a training step does; theirs computes the loss from
-vectors. Each measurement is a process of its own; printed are medians of CPU seconds and of the memory that it took beyond the vectors.
+vectors. Each side of each round is a process of its own; printed are medians of CPU seconds, and the most memory that tensors took beyond the vectors.
 """
 import argparse
 import json
@@ -76,31 +76,39 @@ def one(side, name, n, dim=384, threads=1):
         else: loss = theirs.compute_loss_from_embeddings([q, *columns], labels)
         loss.backward()
 
-    step(), step()
-    times, start = 0, time.process_time()
-    while (spent := time.process_time() - start) < 0.5 or times < 3: step(); times += 1
-    return {"seconds": spent / times, "memory": peak_of(step)}
+    memory, times = peak_of(step), 0  # which is the warm-up, too
+    if n <= 512: step()
+    start = time.process_time()
+    while (spent := time.process_time() - start) < 0.5: step(); times += 1
+    return {"seconds": spent / times, "memory": memory}
+
+
+def round_of(side, losses, sizes):
+    "All measurements of one side, in a process of their own."
+    command = [sys.executable, __file__, "--side", side, "--losses", *losses, "--sizes", *map(str, sizes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"{side} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(o):
-    from nixietune.core import runtime
+    from nixietune.core import runtime, versions
     from nixietune.display import Table
+    found, names = {"ours": [], "theirs": []}, o.losses or list(twins())
+    for i in range(o.rounds):
+        for side in sorted(found, reverse=i % 2):
+            found[side].append(round_of(side, names, o.sizes))
+            print(f"round {i + 1} of {o.rounds}, {side}: done", flush=True)
+    middle = lambda side, key, what: median(one[key][what] for one in found[side])
     rows = []
-    for name in o.losses or twins():
-        for n in o.sizes:
-            found = {side: [] for side in ("ours", "theirs")}
-            for _ in range(o.rounds):
-                for side, results in found.items():
-                    done = subprocess.run([sys.executable, __file__, "--one", side, name, str(n)], capture_output=True, text=True)
-                    if done.returncode: sys.exit(f"{side} {name} {n} failed:\n{done.stderr}")
-                    results.append(json.loads(done.stdout.splitlines()[-1]))
-            middle = {(side, what): median(r[what] for r in results) for side, results in found.items() for what in ("seconds", "memory")}
-            rows.append({"loss": name, "B": n, "ms": 1e3 * middle["ours", "seconds"], "theirs, ms": 1e3 * middle["theirs", "seconds"], "time": middle["ours", "seconds"] / middle["theirs", "seconds"],
-                "MB": middle["ours", "memory"] / 2**20, "theirs, MB": middle["theirs", "memory"] / 2**20, "memory": middle["ours", "memory"] / max(1, middle["theirs", "memory"])})
-            print("{loss:26}{B:6}  time {time:.2f}  memory {memory:.2f}".format(**rows[-1]), flush=True)
-    formats = {k: ".1f" for k in ("ms", "theirs, ms", "MB", "theirs, MB")} | {"time": ".2f", "memory": ".2f"}
-    print(Table(rows, title=f"384 dimensions, one thread, {runtime().name}, {date.today()}", formats=formats))
-    if o.json: Path(o.json).write_text(json.dumps({"machine": runtime().name, "date": date.today().isoformat(), "rounds": o.rounds, "rows": rows}, indent=1) + "\n")
+    for key in (f"{name}|{n}" for name in names for n in o.sizes):
+        ours, theirs, name, n = middle("ours", key, "seconds"), middle("theirs", key, "seconds"), *key.split("|")
+        mine, other = middle("ours", key, "memory") / 2**20, middle("theirs", key, "memory") / 2**20
+        rows.append({"loss": name, "B": int(n), "ms": 1e3 * ours, "theirs, ms": 1e3 * theirs, "time": ours / theirs, "MB": mine, "theirs, MB": other, "memory": mine / other})
+    formats = {k: ".2f" for k in rows[0] if k not in ("loss", "B")}
+    print(Table(rows, title=f"384 dimensions, one thread, {runtime().name}, {date.today()}; time and memory: beside theirs", formats=formats))
+    facts = {"machine": runtime().name, "date": date.today().isoformat(), "rounds": o.rounds, "versions": versions()}
+    if o.json: Path(o.json).write_text(json.dumps(facts | {"rows": rows, "runs": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -109,7 +117,7 @@ if __name__ == "__main__":
     p.add_argument("--losses", nargs="+", help="names of losses (all)")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="where to write everything")
-    p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = p.parse_args()
-    if options.one: print(json.dumps(one(options.one[0], options.one[1], int(options.one[2]))))
-    else: main(options)
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    o = p.parse_args()
+    if o.side: print(json.dumps({f"{name}|{n}": one(o.side, name, n) for name in o.losses for n in o.sizes}))
+    else: main(o)
