@@ -75,6 +75,10 @@ _STATIC = {"learning_rate": Setting(0.2, "sentence-transformers' static embeddin
 
 # %% ../nbs/19_recipes.ipynb #21e60242
 _E5_CARD, _BGE_CARD = "model card of intfloat/e5-base-v2", "model card of BAAI/bge-base-en-v1.5"
+_QWEN3_CARD, _NOMIC_CARD, _GTE_PAPER = "model card of Qwen/Qwen3-Embedding-0.6B", "model card of nomic-ai/modernbert-embed-base", "GTE paper (arXiv 2308.03281)"
+def _no_prompts(card): return {name: Setting("", f"{card}, which wants none") for name in ("query_prompt", "document_prompt")}
+
+
 _FAMILIES = [
     ("E5 instruct", r"e5.*instruct", None, {
         "query_prompt": Setting("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ",
@@ -87,9 +91,35 @@ _FAMILIES = [
     ("BGE zh", r"bge-(small|base|large)-zh", None, {
         "query_prompt": Setting("为这个句子生成表示以用于检索相关文章：", "model card of BAAI/bge-base-zh-v1.5"),
         "pooling": Setting("cls", _BGE_CARD), "temperature": Setting(0.02, "FlagEmbedding's fine-tuning manual")}),
+    ("bge-m3", r"bge-m3", {"model_type": "xlm-roberta", "hidden_size": 1024, "max_position_embeddings": 8194}, _no_prompts("model card of BAAI/bge-m3") | {
+        "pooling": Setting("cls", "model card of BAAI/bge-m3"), "temperature": Setting(0.02, "FlagEmbedding's fine-tuning manual")}),
     ("BGE", r"bge-(small|base|large)", None, {
         "query_prompt": Setting("Represent this sentence for searching relevant passages: ", _BGE_CARD),
         "pooling": Setting("cls", _BGE_CARD), "temperature": Setting(0.02, "FlagEmbedding's fine-tuning manual")}),
+]
+
+# %% ../nbs/19_recipes.ipynb #a2411f14
+_FAMILIES += [
+    ("Qwen3-Embedding", r"qwen3-embedding", None, {
+        "query_prompt": Setting("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:", _QWEN3_CARD),
+        "instruction_format": Setting("Instruct: {instruction}\nQuery:{query}", f"{_QWEN3_CARD}: no space after the colon"),
+        "pooling": Setting("lasttoken", _QWEN3_CARD), "temperature": Setting(0.02, "FlagEmbedding's default")}),
+    ("GTE Qwen", r"gte-qwen", None, {
+        "query_prompt": Setting("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", "model card of Alibaba-NLP/gte-Qwen2-1.5B-instruct"),
+        "instruction_format": Setting("Instruct: {instruction}\nQuery: {query}", "the same model card"),
+        "pooling": Setting("lasttoken", "the same model card"), "temperature": Setting(0.01, _GTE_PAPER)}),
+    ("GTE v1.5", r"gte-(base|large)-en-v1\.5|gte-modernbert|gte-multilingual", None, _no_prompts("model card of Alibaba-NLP/gte-base-en-v1.5") | {
+        "pooling": Setting("cls", "model cards of Alibaba-NLP/gte-base-en-v1.5 and gte-modernbert-base"),
+        "temperature": Setting(0.01, _GTE_PAPER)}),
+    ("GTE", r"gte-(small|base|large)", None, _no_prompts("model card of thenlper/gte-base") | {
+        "pooling": Setting("mean", "model card of thenlper/gte-base"), "temperature": Setting(0.01, _GTE_PAPER)}),
+    ("nomic", r"nomic-embed|modernbert-embed", None, {
+        "query_prompt": Setting("search_query: ", _NOMIC_CARD), "document_prompt": Setting("search_document: ", _NOMIC_CARD),
+        "pooling": Setting("mean", _NOMIC_CARD), "temperature": Setting(0.02, "nomic's contrastors: scale 50")}),
+    ("ModernBERT", r"^modernbert-(base|large)$", None, {
+        "learning_rate": Setting(8e-5, "ModernBERT's own retrieval examples, which begin with the model as pre-trained")}),
+    ("MPNet", r"mpnet", {"model_type": "mpnet"}, _no_prompts("model card of sentence-transformers/all-mpnet-base-v2") | {
+        "pooling": Setting("mean", "model card of sentence-transformers/all-mpnet-base-v2"), "temperature": Setting(0.05, "its own training: scale 20")}),
     ("MiniLM", r"minilm", {"model_type": "bert", "hidden_size": 384, "vocab_size": 30522, "intermediate_size": 1536}, {
         "pooling": Setting("mean", "model card of sentence-transformers/all-MiniLM-L6-v2"),
         "temperature": Setting(0.05, "its own training: scale 20")}),
