@@ -313,7 +313,7 @@ NEAR = ("Triplet", "Cosine", "Contrastive", "Contrastive, online", "CoSENT", "An
 BY_SHAPE = {
     "pairs": ("InfoNCE", "InfoNCE, four directions", "Triplet, in_batch=True", "Cosine"),
     "raw 7": CONTRASTS,
-    "filtered 7": (*CONTRASTS[:2], "InfoNCE, in_batch='negatives'", *NEAR),
+    "filtered 7": (*CONTRASTS[:2], "InfoNCE, in_batch='negatives'", "InfoNCE, in_batch='positives'", *NEAR),
     "teacher": TAUGHT, "graded": ("Cosine", "CoSENT", "AnglE")}
 SHORT = {"pairs": ("InfoNCE",), "raw 7": ("InfoNCE",), "filtered 7": ("InfoNCE",), "teacher": ("InfoNCE + KL",)}
 
