@@ -7,6 +7,7 @@ __all__ = ['Numbering', 'Index', 'index_groups', 'BatchKey', 'KeySampler', 'draw
            'chosen_order', 'batch_labels', 'Source']
 
 # %% ../nbs/60_batching.ipynb #fa014613
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +89,8 @@ def index_groups(
     return Index(Arrays(folder) if folder.exists() else save_arrays(folder, **arrays), list(queries), list(documents))
 
 # %% ../nbs/60_batching.ipynb #d4f677ad
-class BatchKey(NamedTuple):
+@dataclass(frozen=True)
+class BatchKey:
     "Everything that decides a batch."
     epoch: int
     step: int
@@ -250,4 +252,4 @@ class Source(torch.utils.data.Dataset):
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))
         labels["computed"] = sum(tokens_in(features) for _, features in forwards)
         if self.vectors: labels["vectors"] = {name: torch.from_numpy(beside(q, d)) for name, beside in self.vectors.items()}
-        return {"packs": [features for _, features in forwards], "label": labels}
+        return {"packs": [features for _, features in forwards], "label": labels, "key": key}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of', 'query_prompts',
-           'plan_forwards', 'make_features', 'tokens_in', 'encode', 'to_device', 'text_forwards', 'check_layout',
-           'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_dropout']
+           'plan_forwards', 'make_features', 'tokens_in', 'budget_of', 'encode', 'to_device', 'text_forwards',
+           'check_layout', 'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length',
+           'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import importlib.util, os
@@ -170,6 +171,13 @@ def tokens_in(
 BUDGET = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # tokens a forward: enough to fill the device, little enough for its caches
 
 
+def budget_of(
+    model, # a SentenceTransformer
+) -> int: # tokens
+    "How many tokens go through a model at once, where nobody says. A bag of words has no attention to pay for, and each forward more costs a gradient of the whole table."
+    return 10**6 if layout_of(model).name == "bag" else BUDGET.get(model.device.type, 4096)
+
+
 @torch.inference_mode()
 def encode(
     model, # a SentenceTransformer
@@ -220,7 +228,7 @@ def _inference_forwards(model, pairs, role, budget):
     if layout.name == "padded": layout = replace(layout, name="bucketed")  # padding is for training comparisons only
     store = tokenize(model, texts, role, prompts[0] if len(set(prompts)) == 1 else prompts, keep=len(texts) >= 1000)
     lengths, prompt_lengths = store.lengths, store.prompt_lengths
-    plan = plan_forwards(layout, lengths, budget or BUDGET.get(model.device.type, 4096), prompt_lengths)
+    plan = plan_forwards(layout, lengths, budget or budget_of(model), prompt_lengths)
     for here in sorted(plan, key=lambda o: -lengths[o].max()):
         yield here, make_features(layout, [store[i] for i in here], prompt_lengths[here[0]])
 

@@ -263,10 +263,13 @@ class Triplet:
         relation:Relation, # of the same view
     ) -> Terms: # a query without a positive or without a negative has weight 0
         "The mean over every query's pairs."
-        d, kind = distances(similarities, self.similarity), relation.kind
+        d, kind, (rows, cols) = distances(similarities, self.similarity), relation.kind, relation.positives
         negative = (kind == OWN) | (kind == NEG) if self.in_batch else kind == OWN
-        pairs = (kind == POS)[:, :, None] & negative[:, None]
-        return per_query(F.relu(d[:, :, None] - d[:, None] + self.margin).flatten(1), pairs.flatten(1))
+        if len(rows) != len(d) or not torch.equal(rows, torch.arange(len(d), device=d.device)): here, negative = d[rows], negative[rows]
+        else: here = d  # one positive each
+        over = (F.relu(d[rows, cols][:, None] - here + self.margin)*negative).sum(1)
+        n = torch.zeros(len(d), dtype=torch.int64, device=d.device).index_add(0, rows, negative.sum(1))
+        return Terms(d.new_zeros(len(d)).index_add(0, rows, over)/n.clamp(min=1), (n > 0).to(d.dtype))
 
 # %% ../nbs/52_losses.ipynb #d79f8e28
 def whole_batch(

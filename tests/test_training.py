@@ -18,7 +18,8 @@ from nixietune.batching import BatchKey, index_groups, KeySampler, Source
 from nixietune.core import InputError
 from nixietune.encoder import encode, layout_of, prepare, set_max_length
 from nixietune.experiments import finetune
-from nixietune.losses import InfoNCE, Terms
+from nixietune.groups import make_groups
+from nixietune.losses import InfoNCE, KL, Terms
 from nixietune.objectives import Objective
 from nixietune.relation import relate
 from nixietune.similarities import cos
@@ -152,38 +153,89 @@ def test_accumulation_weighs_by_queries(make, capsys, batch, accumulate):
 
 
 class Breaks:
-    "A loss that is not a number from its third call on."
-    view, similarity, calls = "all", "cos", 0
-    def __init__(self, what): self.what = what
+    "A loss that is not a number in some of its calls."
+    view, similarity = "all", "cos"
+    def __init__(self, what, calls): self.what, self.calls, self.n = what, calls, 0
     def __call__(self, similarities, relation):
-        self.calls += 1
-        terms = InfoNCE(0.1)(similarities, relation)
-        return Terms(terms.value * float(self.what), terms.weight) if self.calls >= 3 else terms
+        self.n += 1
+        return self.broken(similarities, InfoNCE(0.1)(similarities, relation)) if self.n in self.calls else InfoNCE(0.1)(similarities, relation)
+    def broken(self, similarities, terms): return Terms(terms.value * float(self.what), terms.weight)
+
+
+class Steep(Breaks):
+    "A loss that stays finite while its gradient does not: the root of zero."
+    def broken(self, similarities, terms): return Terms(terms.value + (0 * similarities).sum(1).abs().sqrt(), terms.weight)
 
 
 @pytest.mark.parametrize("what", ["nan", "inf"])
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 3}], ids=["", "accumulated"])
-def test_a_loss_that_is_not_a_number_stops(make, what, more):
-    trainer = make(tiny_model(), loss=Breaks(what), **more)
-    with pytest.raises(FloatingPointError, match=f"step {1 if more else 3}: the loss is {what}.*learning rate"): trainer.train()
-    assert all(torch.isfinite(o).all() for o in trainer.model.parameters())
-    assert trainer.state.global_step == (0 if more else 2)
-    assert not any(o["loss"] == 0 for o in trainer.state.log_history if "loss" in o)
+def test_a_loss_that_is_never_a_number_stops(make, what, more):
+    "The third time in a row; the weights are whole."
+    trainer = make(tiny_model(), loss=Breaks(what, range(1, 999)), num_train_epochs=4, **more)
+    before = weights(trainer.model)
+    with pytest.raises(FloatingPointError, match=f"step 3: the loss is {what}, all vectors are numbers; the batch begins with '.*third time in a row.*learning rate"): trainer.train()
+    assert all(torch.equal(o, before[name]) for name, o in weights(trainer.model).items())
 
 
-class Steep(Breaks):
-    "A loss that stays finite while its gradient does not, from its third call on: the root of zero."
-    def __call__(self, similarities, relation):
-        self.calls += 1
-        terms = InfoNCE(0.1)(similarities, relation)
-        return Terms(terms.value + (0 * similarities).sum(1).abs().sqrt(), terms.weight) if self.calls >= 3 else terms
+@pytest.mark.parametrize("loss, said", [(Breaks, "the loss is nan"), (Steep, "a gradient is not a number")])
+def test_a_step_that_is_not_a_number_is_left_out(make, capsys, loss, said):
+    "And nothing else: the run ends as one whose batch was never there."
+    trainer = make(tiny_model(), loss=loss("nan", [2]), num_train_epochs=4, logging_steps=1)
+    trainer.train()
+    assert f"step 2 is left out, nothing was updated by it: {said}" in capsys.readouterr().out
+    assert trainer.skipping.total == 1 and all(torch.isfinite(o).all() for o in trainer.model.parameters())
+    logged = losses(trainer)
+    assert all(0 < o < 10 for o in logged) and (loss is Steep or logged[1] == logged[0])
 
 
-def test_a_gradient_that_is_not_a_number_stops(make):
-    "It never reaches the weights either."
-    trainer = make(tiny_model(), loss=Steep("nan"))
-    with pytest.raises(FloatingPointError, match="step 3: .*gradient"): trainer.train()
-    assert all(torch.isfinite(o).all() for o in trainer.model.parameters())
+def test_texts_whose_vectors_are_no_numbers_are_named(make, capsys):
+    trainer = make(tiny_model(), num_train_epochs=4)
+    word = next(iter(trainer.model.tokenizer("winged", add_special_tokens=False)["input_ids"]))
+    with torch.no_grad(): trainer.model[0].auto_model.embeddings.word_embeddings.weight[word] = float("nan")
+    with pytest.raises(FloatingPointError, match="texts are no numbers, among them '.*winged"): trainer.train()
+
+
+@pytest.mark.parametrize("limit, more", [(60, {}), (60, {"gradient_accumulation_steps": 2}), (1_000, {})], ids=["", "accumulated", "backward"])
+def test_out_of_memory(make, capsys, monkeypatch, limit, more):
+    "The same batches in smaller pieces: the run ends with the same weights."
+    whole = make(tiny_model(), num_train_epochs=2, tokens_per_forward=400, **more)
+    whole.train()
+    trainer = make(tiny_model(), num_train_epochs=2, tokens_per_forward=400, **more)
+    encoder, forward, calls = trainer.model[0].auto_model, trainer.model[0].auto_model.forward, []
+
+    def narrow(*args, input_ids=None, **kwargs):
+        calls.append(input_ids.numel())
+        if input_ids.numel() > limit and len(calls) > 4: raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, input_ids=input_ids, **kwargs)
+    monkeypatch.setattr(encoder, "forward", narrow)
+    if limit == 1_000:  # in the middle of the backward pass of the third step
+        def fails_once(gradient):
+            calls.append("backward")
+            if calls.count("backward") == 3: raise torch.OutOfMemoryError("CUDA out of memory")
+        encoder.embeddings.word_embeddings.weight.register_hook(fails_once)
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "gradients are cached: each forward runs twice" in said and ("forwards of at most 50 tokens" in said) == (limit == 60)
+    assert trainer.args.train_batch_size == whole.args.train_batch_size and trainer.facts["pairs"] == whole.facts["pairs"]
+    for name, o in weights(whole.model).items(): assert torch.allclose(o, weights(trainer.model)[name], atol=1e-4), name
+
+
+def test_out_of_memory_with_nothing_left_to_divide(make, monkeypatch):
+    trainer = make(tiny_model(), num_train_epochs=1, tokens_per_forward=100)
+    def never(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(trainer.model[0].auto_model, "forward", never)
+    monkeypatch.setattr("nixietune.training.check_layout", lambda model: None)
+    with pytest.raises(InputError, match="a smaller batch, shorter texts, or a smaller model"): trainer.train()
+
+
+def test_a_teacher_is_heard_without_being_asked(make, capsys):
+    "Scores in the groups, no loss: InfoNCE and KL, at a temperature that fits the scores."
+    rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]], "pos_scores": [0.9], "neg_scores": [0.2]} for o in toy_groups(24)]
+    trainer = Trainer(tiny_model(), make(tiny_model()).args, make_groups(rows, "bge"))
+    trainer.train()
+    assert list(trainer.loss.objective.losses) == ["InfoNCE", "KL"] and "loss: KL(temperature=0.05, teacher_temperature=0.05" in capsys.readouterr().out
+    make(tiny_model(), make_groups(rows, "bge"), loss=KL(), num_train_epochs=1)
+    assert "lie only 0.7 apart: at teacher_temperature=1, KL takes them all for nearly the same" in capsys.readouterr().out
 
 
 def wordllama():
