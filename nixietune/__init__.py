@@ -28,6 +28,7 @@ _NAMES = {
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
         "objectives": "Objective Matryoshka",
         "distillation": "DistillVectors",
+        "planning": "plan",
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",
         "report": "write_run",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Numbering', 'Index', 'index_groups', 'BatchKey', 'KeySampler', 'draw', 'counts', 'shortages', 'reordered',
-           'chosen_order', 'batch_labels', 'Source']
+           'chosen_order', 'batch_labels', 'Source', 'source_of']
 
 # %% ../nbs/60_batching.ipynb #fa014613
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from .core import cache_folder, fingerprint, InputError
 from .display import say
-from .encoder import layout_of, make_features, plan_forwards, prompt_of, query_prompts, text_forwards, tokens_in
+from .encoder import budget_of, layout_of, make_features, plan_forwards, prompt_of, query_prompts, text_forwards, tokens_in
 from .relation import OWN, POS, SKIP
 from .tokens import Arrays, save_arrays, tokenize
 
@@ -253,3 +253,14 @@ class Source(torch.utils.data.Dataset):
         labels["computed"] = sum(tokens_in(features) for _, features in forwards)
         if self.vectors: labels["vectors"] = {name: torch.from_numpy(beside(q, d)) for name, beside in self.vectors.items()}
         return {"packs": [features for _, features in forwards], "label": labels, "key": key}
+
+# %% ../nbs/60_batching.ipynb #c4774b64
+def source_of(
+    model, # a SentenceTransformer, prepared
+    index, # an `Index`
+    args, # `TrainingArguments`: tokens_per_forward, positives_per_query, train_group_size, shuffle_ratio
+    vectors=None, # name -> `Beside`
+) -> Source:
+    "The batches that a run's arguments ask for."
+    negatives = None if args.train_group_size is None else args.train_group_size - 1
+    return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors)
