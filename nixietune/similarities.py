@@ -50,7 +50,8 @@ class OwnSimilarities(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, d, cols, normed):
         ctx.ordered, ctx.normed = in_order(cols, len(d)), normed
-        s = torch.stack([(q*o).sum(-1) for o in _each(d, cols, ctx.ordered)], 1) if cols.shape[1] else q.new_zeros(cols.shape)
+        if ctx.ordered: s = (q[:, None]*d.view(*cols.shape, -1)).sum(-1)
+        else: s = torch.stack([(q*d[c]).sum(-1) for c in cols.T], 1) if cols.shape[1] else q.new_zeros(cols.shape)
         q_length, d_length = (o.norm(dim=-1).clamp_(min=1e-12) if normed else None for o in (q, d))
         if normed: s = s/q_length[:, None]/rows_of(d_length, cols)
         ctx.save_for_backward(q, d, cols, s, q_length, d_length)
@@ -61,21 +62,18 @@ class OwnSimilarities(torch.autograd.Function):
     def backward(ctx, gradient):
         q, d, cols, s, q_length, d_length = ctx.saved_tensors
         weight = gradient/q_length[:, None]/rows_of(d_length, cols) if ctx.normed else gradient
-        for_q, for_d = torch.zeros_like(q), (weight[:, :, None]*q[:, None]).view_as(d) if ctx.ordered else torch.zeros_like(d)
-        for c, w, o in zip(cols.T, weight.T[..., None], _each(d, cols, ctx.ordered)):
-            for_q.addcmul_(w, o)
-            if not ctx.ordered: for_d.index_add_(0, c, w*q)
+        if ctx.ordered: for_q, for_d = torch.einsum("bk,bkd->bd", weight, d.view(*cols.shape, -1)), (weight[:, :, None]*q[:, None]).view_as(d)
+        else:
+            for_q, for_d = torch.zeros_like(q), torch.zeros_like(d)
+            for c, w in zip(cols.T, weight.T[..., None]):
+                for_q.addcmul_(w, d[c])
+                for_d.index_add_(0, c, w*q)
         if ctx.normed:
             along = gradient*s
             for_q.addcmul_(q, (along.sum(1)/q_length.square())[:, None], value=-1)
             along = along.flatten() if ctx.ordered else d.new_zeros(len(d)).index_add_(0, cols.flatten(), along.flatten())
             for_d.addcmul_(d, (along/d_length.square())[:, None], value=-1)
         return for_q, for_d, None, None
-
-
-def _each(d, cols, ordered):
-    "The first documents of all queries, the second, ..."
-    return d.view(*cols.shape, -1).unbind(1) if ordered else (d[c] for c in cols.T)
 
 # %% ../nbs/51_similarities.ipynb #43f20c52
 def euclidean(

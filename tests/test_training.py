@@ -152,6 +152,18 @@ def test_accumulation_weighs_by_queries(make, capsys, batch, accumulate):
     assert far > 0.01 and off < 1e-4 * far
 
 
+def test_what_is_left_of_a_run(make, tmp_path):
+    "A history that shows itself, and the same lines on disk."
+    trainer = make(tiny_model(), num_train_epochs=2, dev=toy_groups(20, seed=1), corpus=toy_corpus(), eval_strategy="epoch", gradient_accumulation_steps=2)
+    trainer.train()
+    lines = [json.loads(o) for o in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines == json.loads(json.dumps(list(trainer.history))) and {"loss", "padding", "tokens_per_second", "step"} <= lines[1].keys()
+    assert all(o["padding"] == 0 for o in lines if "padding" in o)
+    assert len(trainer.history.column("loss")) == 4 and "eval_ndcg@10" in repr(trainer.history) and "<table" in trainer.history._repr_html_()
+    assert trainer.history.plot().get_ylabel() == "loss"
+    with pytest.raises(InputError, match="nothing was logged as 'los'; expected .*loss"): trainer.history.plot("los")
+
+
 class Breaks:
     "A loss that is not a number in some of its calls."
     view, similarity = "all", "cos"
