@@ -27,5 +27,5 @@ def add_head(
         torch.manual_seed(seed)
         head = Dense(model.get_embedding_dimension(), dim, activation_function=torch.nn.Identity())
     if normalize: del model[-1]
-    for module in (head, normalize): module and model.append(module.to(model.device))
+    for module in (head, normalize): module and model.append(module.to(model.device, next(model.parameters()).dtype))
     return model

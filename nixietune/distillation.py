@@ -11,6 +11,7 @@ from torch import nn
 import torch.nn.functional as F
 from .core import InputError
 from .losses import whole_batch
+from .objectives import checked_dims
 
 # %% ../nbs/54_distillation.ipynb #0ff0f406
 def direction_error(
@@ -72,7 +73,8 @@ class DistillVectors(nn.Module):
         project=None, # (student's dimensions, teacher's): learn a projection for the directions
     ):
         super().__init__()
-        self.dims, self.margin, self.pairs = tuple(dims or ()), margin, pairs
+        self.dims, self.margin, self.pairs = () if dims is None else checked_dims(dims, "DistillVectors"), margin, pairs
+        if project is not None and not (isinstance(project, (list, tuple)) and len(project) == 2): raise InputError(f"project={project!r}", "DistillVectors", "two numbers: (student's dimensions, teacher's)")
         self.weights = {name: w for name, w in (("direction", direction), ("similarity", similarity), ("order", order)) if w}
         if not self.weights: raise InputError("all weights are 0", "DistillVectors", "one at least")
         if project and not direction: raise InputError("project without direction", "DistillVectors", "a weight for direction")
@@ -84,7 +86,7 @@ class DistillVectors(nn.Module):
         if t is None: raise InputError("DistillVectors without vectors", "the batch", "a teacher's: Trainer(teachers=...)")
         with torch.autocast(q.device.type, enabled=False):
             s, t = torch.cat([q, d]).float(), t.float()
-            found = {"direction": _direction(self.project(s), t)} if "direction" in self.weights else {}
+            found = {"direction": _direction(s, t, self.project)} if "direction" in self.weights else {}
             if len(found) < len(self.weights): found |= _pairwise(self, s, F.normalize(t, dim=-1), batch)
         return {name: whole_batch(found[name], len(q)) for name in self.weights}
 
@@ -93,17 +95,18 @@ class DistillVectors(nn.Module):
         return ["DistillVectors: " + " + ".join(f"{w:g} x {name}" for name, w in self.weights.items()) + over]
 
 # %% ../nbs/54_distillation.ipynb #4e50df25
-def _direction(s, t):
+def _direction(s, t, project):
     "The error of whole vectors."
-    if s.shape[1] == t.shape[1]: return direction_error(s, t)
-    raise InputError(f"vectors of {s.shape[1]} numbers, and the teacher's of {t.shape[1]}", "DistillVectors",
+    sizes = (project.in_features, project.out_features) if isinstance(project, nn.Linear) else (s.shape[1], s.shape[1])
+    if sizes == (s.shape[1], t.shape[1]): return direction_error(project(s), t)
+    raise InputError(f"vectors of {s.shape[1]} numbers, and the teacher's of {t.shape[1]}" + (f", with project={sizes}" if isinstance(project, nn.Linear) else ""), "DistillVectors",
         f"as many: add_head(model, {t.shape[1]}), project=({s.shape[1]}, {t.shape[1]}), or direction=0")
 
 
 def _pairwise(objective, s, t, batch):
     "The errors of similarities and of their order, the mean over all `dims`."
     dims, found, theirs = objective.dims or (s.shape[1],), {"similarity": [], "order": []}, t @ t.T
-    if dims and max(dims) > s.shape[1]: raise InputError(f"dims={dims}", "DistillVectors", f"at most the {s.shape[1]} that the vectors have")
+    if max(dims) > s.shape[1]: raise InputError(f"dims={dims}", "DistillVectors", f"at most the {s.shape[1]} that the vectors have")
     i, j = some_pairs(len(s), objective.pairs, batch)
     for dim in dims:
         prefix = F.normalize(s[:, :dim], dim=-1)

@@ -9,7 +9,7 @@ __all__ = ['kept_bytes', 'Plan', 'free_memory', 'decide', 'plan', 'plan_for']
 import time
 from dataclasses import asdict, dataclass, field
 import torch
-from .batching import index_groups, KeySampler, source_of
+from .batching import index_groups, sampler_of, source_of
 from .core import runtime
 from .display import Table
 from .encoder import layout_of, to_device, tokens_in
@@ -111,7 +111,7 @@ def plan_for(
     free=None, # bytes that may be used; what the device has without it
 ) -> Plan:
     "What a run from this source will do."
-    keys = [key for (key,) in KeySampler(len(source), args.train_batch_size, args.seed)]
+    keys = [key for (key,) in sampler_of(source, args)]
     batches = [source[key] for key in keys[::-(-len(keys)//4)]]
     sizes = [sum(tokens_in(o) for o in batch["packs"]) for batch in batches]
     features = max(batches[0]["packs"], key=tokens_in)

@@ -6,6 +6,7 @@
 __all__ = ['CachedForwards', 'random_state', 'set_random_state', 'union', 'gathered', 'gather_batch', 'Step']
 
 # %% ../nbs/55_steps.ipynb #f22b4c3b
+from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,10 +31,12 @@ class CachedForwards(torch.autograd.Function):
         "Each forward again, with its part of the gradient; the model's parameters gather theirs on the way."
         devices = [ctx.model.device] if ctx.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            for features, state, part in zip(ctx.forwards, ctx.random, gradient.split(ctx.sizes)):
+            for i, (features, state, part) in enumerate(zip(ctx.forwards, ctx.random, gradient.split(ctx.sizes))):
                 set_random_state(state)
-                with torch.enable_grad(), torch.autocast(**ctx.precision): vectors = ctx.model(dict(features))["sentence_embedding"]
-                if vectors.requires_grad: vectors.backward(part.to(vectors.dtype))
+                alone = ctx.model.no_sync() if hasattr(ctx.model, "no_sync") and i < len(ctx.forwards) - 1 else nullcontext()  # processes exchange gradients once
+                with alone, torch.enable_grad():
+                    with torch.autocast(**ctx.precision): vectors = ctx.model(dict(features))["sentence_embedding"]
+                    if vectors.requires_grad: vectors.backward(part.to(vectors.dtype))
         return None, None, None
 
 

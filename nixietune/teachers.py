@@ -98,9 +98,11 @@ def teacher_vectors(
     "Compute a teacher's vectors once, and keep them."
     if dtype not in ("float32", "float16"): raise InputError(f"dtype={dtype!r}", "teacher_vectors", "'float32' or 'float16'")
     name, model = (str(model), load_encoder(model)) if isinstance(model, (str, Path)) else (model.model_card_data.base_model or type(model).__name__, model)
+    if Path(path).is_file(): raise InputError("is a file", str(path), "a folder for the vectors, or a name that is free")
+    if not len(groups): raise InputError("there are no groups", "teacher_vectors", "at least one")
     texts, prompts = texts_of(groups, model)
     keys = np.concatenate([text_keys(texts[role], role) for role in texts])
-    if Path(path).exists(): return _again(path, model, texts, prompts)
+    if Path(path).exists(): return _again(path, model, texts, prompts, dtype)
     with atomic_path(path) as folder:
         folder.mkdir()
         array, at = None, 0
@@ -133,9 +135,10 @@ def texts_of(
     return {"query": list(asked), "document": list(documents)}, {"query": query_prompts(model, [next(iter(o)) for o in asked.values()]), "document": None}
 
 
-def _again(path, model, texts, prompts):
+def _again(path, model, texts, prompts, dtype):
     "Vectors that are there already, if they are the right ones."
     there = open_vectors(path)
+    if there.dtype != np.dtype(dtype): raise InputError(f"holds {there.dtype} numbers", str(path), f"another path, or dtype={str(there.dtype)!r}")
     for role in texts:
         rows, some = there.rows_of(texts[role], role)[:3], texts[role][:3]
         found = encode(model, some, role, prompts=prompts[role] and prompts[role][:3], progress=False)
@@ -156,16 +159,19 @@ def load_vectors(
     if not Path(path).exists(): raise InputError("there is no such file", str(path), "vectors")
     if texts is None: raise InputError("no texts", str(path), "the texts of its rows: load_vectors(path, texts)")
     if isinstance(texts, (str, Path)): texts = _texts_in(texts)
-    shape, dtype, offset = _numpy_shape(path) if str(path).endswith(".npy") else _raw_shape(path, len(texts), dim)
+    shape, dtype, offset = _numpy_shape(path, dim) if str(path).endswith(".npy") else _raw_shape(path, len(texts), dim)
     if len(shape) != 2 or shape[0] != len(texts): raise InputError(f"shape {shape}, and {len(texts):,} texts", str(path), "one row for each text")
     keys = text_keys(texts)
     if len({*keys.tolist()}) < len(keys): raise InputError(f"{len(keys) - len({*keys.tolist()}):,} texts stand twice", str(path), "each once")
     return Vectors(path, keys, shape, dtype, offset, model=model)
 
 
-def _numpy_shape(path):
-    array = np.load(path, mmap_mode="r")
-    if not array.flags.c_contiguous or array.dtype.kind != "f": raise InputError(f"{array.dtype} numbers", str(path), "floating-point numbers, row by row")
+def _numpy_shape(path, dim):
+    try: array = np.load(path, mmap_mode="r")
+    except ValueError as error: raise InputError("cannot be read", str(path), "an array that numpy.save wrote") from error
+    if array.dtype.kind != "f": raise InputError(f"{array.dtype} numbers", str(path), "floating-point numbers")
+    if not array.flags.c_contiguous: raise InputError("numbers column by column", str(path), "row by row: numpy.ascontiguousarray before numpy.save")
+    if dim not in (None, array.shape[-1]): raise InputError(f"vectors of {array.shape[-1]} numbers", str(path), f"{dim}, as dim= says")
     return array.shape, array.dtype, array.offset
 
 
@@ -193,12 +199,16 @@ class Beside:
         documents, # list of texts
     ):
         given = teachers if isinstance(teachers, (list, tuple)) else [teachers]
+        if not given or not all(isinstance(o, (Vectors, str, Path)) for o in given):
+            raise InputError(f"{type(next(iter(given), None)).__name__} in place of vectors", "teachers", "what teacher_vectors or load_vectors gave, or a folder")
         self.teachers = [o if isinstance(o, Vectors) else load_vectors(o) for o in given]
         self.rows = [{"query": o.rows_of(queries, "query"), "document": o.rows_of(documents, "document")} for o in self.teachers]
 
     def __call__(self, queries, documents):
         "f32[B + D, dims together], of queries and documents by number."
         def one(vectors, rows):
-            found = np.concatenate([vectors[rows["query"][queries]], vectors[rows["document"][documents]]])
+            at = np.concatenate([rows["query"][queries], rows["document"][documents]])
+            found = vectors[at]
+            if not np.isfinite(found).all(): raise InputError(f"row {at[~np.isfinite(found).all(1)][0]:,} is no vector of numbers", vectors.path, "numbers")
             return found/np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
         return np.concatenate([one(*pair) for pair in zip(self.teachers, self.rows)], axis=1)

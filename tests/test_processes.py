@@ -1,4 +1,7 @@
 "Two processes give the loss and the gradient of one process with the whole batch."
+import os
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -13,6 +16,7 @@ from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Tr
 from nixietune.objectives import Matryoshka, Objective
 from nixietune.steps import Step, union
 from nixietune.testing import tiny_model, toy_groups
+from nixietune.training import Trainer, TrainingArguments
 
 EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 OBJECTIVES = {
@@ -106,3 +110,40 @@ def test_the_parts_matter():
     for name in ("q_id", "d_id", "kind", "edges"): assert torch.equal(whole[name], alone[name]), name
     assert {*map(tuple, whole["known"].T.tolist())} == {*map(tuple, alone["known"].T.tolist())}
     assert first.max() < sum(len(o["d_id"]) for o in labels)
+
+
+RUNS = {"plain": {}, "a rest": {"groups": 43}, "accumulated": {"gradient_accumulation_steps": 2}, "cached": {"cache_gradients": True},
+    "data sets": {"same_dataset_within_batch": True, "groups": 39}}
+
+
+def train(start, folder, name, batch_size, groups=40, **more):
+    "A run of the trainer; its weights, the objective's among them."
+    rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]][:n % 3]} for n, o in enumerate(toy_groups(groups, negatives=2))]
+    data = make_groups(rows, "bge")
+    data = data.remove_columns("dataset").add_column("dataset", ["even" if n % 2 else "odd" for n in range(groups)]).cast(data.features)
+    args = TrainingArguments(f"{folder}/{name}", precision="fp32", learning_rate=5e-3, per_device_train_batch_size=batch_size, num_train_epochs=2, logging_steps=1, seed=1,
+        tokens_per_forward=60, **more)
+    trainer = Trainer(deepcopy(start), args, data, loss=Objective([InfoNCE(0.1), CoSENT()], learn_temperature=True))
+    trainer.train()
+    return {"weights": torch.cat([o.detach().flatten() for o in trainer.loss.parameters()]), "steps": trainer.state.global_step,
+        "losses": [(o["loss"], o["InfoNCE"], o["CoSENT"]) for o in trainer.state.log_history if "loss" in o]}
+
+
+def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
+    "Under torchrun, with DDP: the same steps, losses and weights as one process with batches of both."
+    monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, options in RUNS.items():
+        (one, two), expected = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)), train(tiny_model(), tmp_path, f"{name} alone", 8, **options)
+        assert torch.equal(one["weights"], two["weights"]), name
+        assert one["steps"] == expected["steps"], name
+        assert torch.allclose(torch.tensor(one["losses"]), torch.tensor(expected["losses"]), atol=2e-4), name
+        assert (one["weights"] - expected["weights"]).abs().max() < 1e-4, name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    start = tiny_model()  # before there are processes: only the first one writes files then
+    for name, options in RUNS.items(): torch.save(train(start, sys.argv[1], name, 4, **options), f"{sys.argv[1]}/{name}{os.environ['RANK']}.pt")
