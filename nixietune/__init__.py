@@ -26,7 +26,7 @@ _NAMES = {
         "auditing": "audit split_by_length",
         "teachers": "teacher_vectors load_vectors",
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
-        "objectives": "Objective Matryoshka",
+        "objectives": "Objective Matryoshka PerDataset",
         "distillation": "DistillVectors",
         "planning": "plan",
         "training": "Trainer TrainingArguments",

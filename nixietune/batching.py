@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Numbering', 'Index', 'index_groups', 'BatchKey', 'KeySampler', 'in_turn', 'draw', 'counts', 'shortages', 'reordered',
-           'chosen_order', 'batch_labels', 'Source', 'source_of', 'sampler_of']
+           'chosen_order', 'batch_labels', 'Source', 'source_of', 'datasets_in', 'costs_of', 'sampler_of']
 
 # %% ../nbs/60_batching.ipynb #fa014613
 from dataclasses import dataclass
@@ -300,16 +300,6 @@ class Source(torch.utils.data.Dataset):
         self.stores["reordered"] = tokenize(model, [text for i in long for text in reordered(documents[i])], "document", prompt)
 
     def __len__(self): return len(self.arrays.query)
-    def datasets(self): return {name: np.flatnonzero(self.arrays.dataset == i) for i, name in enumerate(self.names)}
-
-    def costs(self):
-        "About how many tokens each group brings to a batch: int64[groups]."
-        if not self.stores: raise InputError("tokens_per_batch", "a model that is fed with texts", "per_device_train_batch_size")
-        lengths, a, found = np.asarray(self.stores["document"].lengths)[self.arrays.doc], self.arrays, np.asarray(self.stores["query"].lengths)[self.arrays.query].astype(np.int64)
-        for kind, most in zip((POS, OWN), self.draws):
-            n, total = counts(a, kind), np.diff(np.r_[0, np.where(a.kind == kind, lengths, 0).cumsum()][a.ptr])
-            found += total*np.minimum(n, n if most is None else most)//np.maximum(n, 1)
-        return found
 
     def __getitem__(self, key):
         "One batch: `packs` (features of each forward) and `label`."
@@ -333,18 +323,38 @@ def source_of(
     return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors)
 
 # %% ../nbs/60_batching.ipynb #3fb13567
+def datasets_in(
+    source, # a `Source`
+) -> dict: # name -> int64, numbers of its groups
+    "The data sets that a source's groups are from."
+    return {name: np.flatnonzero(source.arrays.dataset == i) for i, name in enumerate(source.names)}
+
+
+def costs_of(
+    source, # a `Source`
+) -> np.ndarray: # int64[groups]
+    "About how many tokens each group brings to a batch."
+    if not source.stores: raise InputError("tokens_per_batch", "a model that is fed with texts", "per_device_train_batch_size")
+    lengths, a = np.asarray(source.stores["document"].lengths)[source.arrays.doc], source.arrays
+    found = np.asarray(source.stores["query"].lengths)[a.query].astype(np.int64)
+    for kind, most in zip((POS, OWN), source.draws):
+        n, total = counts(a, kind), np.diff(np.r_[0, np.where(a.kind == kind, lengths, 0).cumsum()][a.ptr])
+        found += total*np.minimum(n, n if most is None else most)//np.maximum(n, 1)
+    return found
+
+
 def sampler_of(
     source, # a `Source`
     args, # `TrainingArguments`
     ranks=1, # processes
 ) -> KeySampler:
     "The order of batches that a run's arguments ask for."
-    datasets = source.datasets() if args.same_dataset_within_batch else None
+    datasets = datasets_in(source) if args.same_dataset_within_batch else None
     for name in args.dataset_batch_sizes or {}:
         if name not in source.names: raise InputError(f"a batch size for {name!r}", "TrainingArguments", f"one of the data sets: {', '.join(map(repr, source.names))}")
     costs, size = None, args.train_batch_size
     if args.tokens_per_batch:
-        costs = source.costs()
+        costs = costs_of(source)
         size = max(1, round(args.tokens_per_batch/costs.mean()))
     seed = args.seed if getattr(args, "data_seed", None) is None else args.data_seed
     return KeySampler(len(source), size, seed, datasets, args.mix, args.dataset_batch_sizes, costs, ranks)

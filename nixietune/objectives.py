@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWEST_TEMPERATURE', 'Objective', 'inner_of', 'losses_in', 'logarithms', 'current_losses', 'temperatures_of',
-           'guide_of', 'relations_of', 'terms_of', 'named_losses', 'checked_dims', 'Matryoshka']
+           'guide_of', 'relations_of', 'terms_of', 'named_losses', 'checked_dims', 'PerDataset', 'Matryoshka']
 
 # %% ../nbs/53_objectives.ipynb #f7b81e6b
 from dataclasses import replace
@@ -75,7 +75,7 @@ def losses_in(
     inner = {f"{name}.{k}": loss for name, o in inner_of(objective.losses).items() if isinstance(o, Objective) for k, loss in losses_in(o).items()}
     return {name: o for name, o in objective.losses.items() if not isinstance(o, nn.Module)} | inner
 
-
+# %% ../nbs/53_objectives.ipynb #bf0dd522
 def logarithms(
     losses, # name -> loss or objective
 ) -> list: # of parameters
@@ -182,6 +182,24 @@ def checked_dims(
     good = isinstance(dims, (list, tuple)) and dims and all(isinstance(o, int) and o > 0 for o in dims) and len({*dims}) == len(dims)
     if not good: raise InputError(f"dims={dims!r}", where, "different whole numbers, 1 or more, such as (256, 128, 64)")
     return tuple(sorted(dims, reverse=True))
+
+# %% ../nbs/53_objectives.ipynb #a845eafb
+class PerDataset(Objective):
+    "Another loss for each data set."
+    def __init__(self,
+        losses, # data set -> a loss, an objective, or a list of them
+        weights=None, # data set -> weight
+    ):
+        if not isinstance(losses, dict): raise InputError(f"{losses!r:.80}", "PerDataset", "a dict: data set -> loss")
+        super().__init__({name: o if isinstance(o, Objective) else Objective(o) for name, o in losses.items()}, weights)
+
+    def forward(self, q, d, batch):
+        "The terms of the data set that the batch is from."
+        name = batch.get("dataset")
+        if name not in self.losses: raise InputError(f"a batch from {name!r}" if name else "a batch of several data sets", "PerDataset", f"one of {', '.join(self.losses)}, and same_dataset_within_batch=True")
+        return {f"{name}.{term}": o for term, o in self.losses[name](q, d, batch).items()}
+
+    def described(self): return [f"{name}: {line}" for name, o in self.losses.items() for line in o.described()]
 
 # %% ../nbs/53_objectives.ipynb #8f7a66bc
 class Matryoshka(Objective):

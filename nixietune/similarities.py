@@ -42,7 +42,7 @@ def in_order(
     n:int, # number of documents
 ) -> bool:
     "Does every document stand once, in its order?"
-    return cols.numel() == n and torch.equal(cols.flatten(), torch.arange(n, device=cols.device))
+    return n > 0 and cols.numel() == n and torch.equal(cols.flatten(), torch.arange(n, device=cols.device))
 
 # %% ../nbs/51_similarities.ipynb #2d28d915
 class OwnSimilarities(torch.autograd.Function):

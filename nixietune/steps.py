@@ -134,4 +134,4 @@ class Step(nn.Module):
         if self.across and dist.is_initialized() and dist.get_world_size() > 1: q, d, labels = gather_batch(q, d, labels)
         terms, total = self.objective(q, d, labels), labels.get("total", len(q))
         out = {name: self.objective.weights[name]*(o.value*o.weight).sum()/total for name, o in terms.items()}
-        return out if len(out) > 1 else next(iter(out.values()))
+        return out if len(self.objective.weights) > 1 else next(iter(out.values()))

@@ -6,7 +6,8 @@
 __all__ = ['RECIPE_NAMES', 'RANGES', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT', 'TrainingArguments', 'Panel',
            'add_line', 'History', 'Skipping', 'NotANumber', 'without_numbers', 'is_out_of_memory', 'make_room',
            'CardCallback', 'DevEvaluator', 'first', 'Trainer', 'teacher_span', 'default_loss', 'food', 'remarks',
-           'vectors_for', 'learning_rates', 'whole_numbers', 'precision_in', 'pairs_in', 'last_checkpoint']
+           'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers', 'precision_in', 'pairs_in',
+           'last_checkpoint']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
 import json, time
@@ -26,7 +27,7 @@ from .display import Progress, say, Table
 from .encoder import check_layout, layout_of, load_encoder, prepare
 from .evaluation import evaluate
 from .losses import InfoNCE, KL
-from .objectives import losses_in, Objective, temperatures_of
+from .objectives import losses_in, Objective, PerDataset, temperatures_of
 from .relation import OWN, POS
 from .planning import plan_for
 from .plots import plot_loss
@@ -72,7 +73,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         if self.precision in ("fp16", "bf16"): setattr(self, self.precision, True)
         super().__post_init__()
 
-
+# %% ../nbs/62_training.ipynb #3add469f
 RECIPE_NAMES = {"learning_rate": ("learning_rate", 2e-5), "per_device_train_batch_size": ("batch_size", 64),
                 "num_train_epochs": ("epochs", 1), "warmup_steps": ("warmup", 0.1)}
 RANGES = {"learning_rate": {"above": 0}, "num_train_epochs": {"above": 0}, "per_device_train_batch_size": {"least": 1},
@@ -302,12 +303,16 @@ class _Keeping(_Learning):
         "What is logged, with learned temperatures."
         if self.last_loss is None: logs = {name: o for name, o in logs.items() if name != "loss"}  # no step has had one so far
         logs = {name: o for name, o in logs.items() if o == o}
-        if "learning_rate" in logs: logs = logs | self._since_last_log() | {f"temperature/{name}": o for name, o in temperatures_of(self.loss.objective).items()}
+        if "learning_rate" in logs:
+            logs = logs | {name: round(float(total)/n, 4) for name, (total, n) in self.parts.items()} | self._since_last_log() | {f"temperature/{name}": o for name, o in temperatures_of(self.loss.objective).items()}
+            self.parts = {}
         super().log(logs, start_time)
 
     def track_loss_components(self, loss):
-        "Parts are shares of the whole step, as their sum is: what is averaged over micro-batches has to be multiplied first."
-        if all(torch.isfinite(o) for o in loss.values()): super().track_loss_components({name: o*self.current_gradient_accumulation_steps for name, o in loss.items()})
+        "Parts are shares of the whole step, as their sum is, and not every batch has all of them."
+        for name, o in loss.items():
+            total, n = self.parts.get(name, (0.0, 0))
+            if torch.isfinite(o): self.parts[name] = total + o.detach()*self.current_gradient_accumulation_steps, n + 1
 
     def get_decay_parameter_names(self, model):
         "Weight decay is for weights: a temperature would drift to 1."
@@ -402,6 +407,7 @@ class Trainer(_Running):
         also_known = [o for o in (dev, *known) if o is not None]
         index = index_groups(groups, also_known, model)
         objective = loss if isinstance(loss, Objective) else Objective(loss or default_loss(self.recipe.temperature, index.arrays))
+        if isinstance(objective, PerDataset): check_datasets(objective, index.names, args)
         args.learning_rate_mapping = learning_rates(objective, args.learning_rate_mapping)
         vectors = vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
@@ -410,7 +416,7 @@ class Trainer(_Running):
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = self.plan.tokens_per_forward, self.plan.gradient_checkpointing
         self.facts, self.skipping, self.last_loss = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
-        self.texts, self.logged = (index.queries, index.documents), None
+        self.texts, self.logged, self.parts = (index.queries, index.documents), None, {}
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
         super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective, self.plan.cache_gradients, args.negatives_cross_device), evaluator=evaluator,
                          data_collator=first, callbacks=callbacks)
@@ -460,9 +466,10 @@ def remarks(
     there, span, n = food(arrays), teacher_span(arrays), len(arrays.query)
     given = np.asarray(arrays.score)[~np.isnan(arrays.score)]
     for name, o in losses.items():
-        have, kind = int(there[o.learns_from].sum()), type(o).__name__
-        if not have: raise InputError(f"{name} finds nothing to learn from: none of {n:,} groups has {WHAT[o.learns_from]}", "training data", f"what {kind} reads, or another loss")
-        if have < n and o.learns_from != "positives": yield f"{name} learns from {have:,} of {n:,} groups: the others have not {WHAT[o.learns_from]}"
+        reads, kind = getattr(o, "learns_from", None), type(o).__name__  # a loss of somebody else's may not say
+        have = int(there[reads].sum()) if reads else n
+        if not have: raise InputError(f"{name} finds nothing to learn from: none of {n:,} groups has {WHAT[reads]}", "training data", f"what {kind} reads, or another loss")
+        if have < n and reads != "positives": yield f"{name} learns from {have:,} of {n:,} groups: the others have not {WHAT[reads]}"
         if kind in ("Cosine", "Contrastive") and len(given) and (given.min() < 0 or given.max() > 1): yield f"{name} wants grades between 0 and 1; they are between {given.min():g} and {given.max():g}"
         if getattr(o, "online", False) and (others := int((~np.isin(given, (0, 1))).sum())): yield f"{name} looks at grades of 0 and 1 only: {others:,} others are not read"
         if getattr(o, "weighted", False) and args.positives_per_query == 1: yield f"{name} weighs the positives of a query against each other, and positives_per_query=1 leaves one"
@@ -483,6 +490,16 @@ def vectors_for(
         if given[name] is None: raise InputError(f"the loss reads vectors of a {name}", "Trainer", "teachers=... or guide=..., see teacher_vectors")
     queries = [text for _, text in index.queries]
     return {name: Beside(given[name], queries, index.documents) for name in sorted(objective.reads)}
+
+
+def check_datasets(
+    objective, # a `PerDataset`
+    names, # of the data sets that there are
+    args, # `TrainingArguments`
+):
+    "An `InputError` where a data set has no loss, or a batch has several data sets."
+    if not args.same_dataset_within_batch: raise InputError("a loss for each data set", "Trainer", "same_dataset_within_batch=True")
+    if bare := [name for name in names if name not in objective.losses]: raise InputError(f"no loss for {bare[0]!r}", "PerDataset", f"one for each of {', '.join(map(repr, names))}")
 
 
 def learning_rates(

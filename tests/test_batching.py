@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from nixietune.batching import BatchKey, batch_labels, counts, draw, index_groups, shortages, Source
+from nixietune.batching import BatchKey, batch_labels, costs_of, counts, draw, index_groups, KeySampler, sampler_of, shortages, Source
 from nixietune.groups import make_groups
-from nixietune.losses import InfoNCE
-from nixietune.objectives import Objective
+from nixietune.core import InputError
+from nixietune.losses import CoSENT, InfoNCE, Triplet
+from nixietune.objectives import Objective, PerDataset
 from nixietune.relation import NEG, OWN, POS, relate, SKIP
 from nixietune.testing import tiny_model, toy_groups
 from nixietune.training import Trainer, TrainingArguments
@@ -91,3 +92,69 @@ def test_reordered_positives():
 
 def test_groups_without_own_negatives_say_nothing(capsys):
     assert list(shortages(index_groups(toy_groups(8, negatives=0)).arrays, 7)) == []
+
+
+# ---- several data sets, batches of equal tokens
+
+def several():
+    rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]]} for o in toy_groups(60)]
+    groups = make_groups(rows, "bge")
+    return groups.remove_columns("dataset").add_column("dataset", ["large"] * 45 + ["small"] * 15).cast(groups.features)
+
+
+@pytest.mark.parametrize("mix", ["proportional", "round_robin", 1.0, 3.0])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_one_data_set_a_step(mix, ranks):
+    "For all processes at once; everything is read once, if nothing else is asked; a pure function of seed and epoch."
+    parts = {"large": np.arange(45), "small": np.arange(45, 60)}
+    def epoch(n, seed=0):
+        sampler = KeySampler(60, 4, seed, parts, mix, {"small": 2}, ranks=ranks)
+        sampler.set_epoch(n)
+        found = [key for (key,) in sampler]
+        assert len(found) == len(sampler) and len(found) % ranks == 0
+        return found
+    keys = epoch(0)
+    for i in range(0, len(keys), ranks): assert len({key.dataset for key in keys[i:i + ranks]}) == 1
+    assert all({*key.rows} <= {*parts[key.dataset]} and 0 < len(key.rows) <= (2 if key.dataset == "small" else 4) + 1 for key in keys)
+    if not isinstance(mix, float): assert sorted(row for key in keys for row in key.rows) == list(range(60))
+    assert keys == epoch(0) != epoch(1) and keys != epoch(0, seed=1)
+
+
+def test_more_processes_than_groups():
+    with pytest.raises(InputError, match="1 group.s. for 2 processes"): [*KeySampler(1, 4, ranks=2)]
+
+
+def train(tmp_path, loss, groups=None, **more):
+    args = TrainingArguments(str(tmp_path / "run"), precision="fp32", learning_rate=5e-3, per_device_train_batch_size=10, num_train_epochs=2, logging_steps=1, **more)
+    trainer = Trainer(tiny_model(), args, several() if groups is None else groups, loss=loss)
+    trainer.train()
+    return trainer
+
+
+def test_a_loss_for_each_data_set(tmp_path):
+    trainer = train(tmp_path, PerDataset({"large": [InfoNCE(0.1), Triplet(0.2, similarity="cos")], "small": CoSENT()}), same_dataset_within_batch=True, dataset_batch_sizes={"small": 5})
+    logged = [{name for name in o if "." in name} for o in trainer.state.log_history if "loss" in o]
+    assert logged.count({"small.CoSENT"}) == 6 and logged.count({"large.InfoNCE", "large.Triplet"}) == 10
+    both = [o for o in trainer.state.log_history if "large.InfoNCE" in o]
+    assert all(o["loss"] == pytest.approx(o["large.InfoNCE"] + o["large.Triplet"], abs=1e-3) for o in both)
+
+
+@pytest.mark.parametrize("options, problem", [({}, "same_dataset_within_batch=True"), ({"same_dataset_within_batch": True, "mix": "random"}, "'round_robin' or a temperature"),
+    ({"same_dataset_within_batch": True, "dataset_batch_sizes": {"huge": 2}}, "a batch size for 'huge'.*'large', 'small'")])
+def test_what_does_not_fit(tmp_path, options, problem):
+    with pytest.raises(InputError, match=problem): train(tmp_path, PerDataset({"large": InfoNCE(0.1), "small": CoSENT()}), **options)
+    with pytest.raises(InputError, match="no loss for 'small'"): train(tmp_path, PerDataset({"large": InfoNCE(0.1)}), same_dataset_within_batch=True)
+
+
+def test_batches_of_equal_tokens(tmp_path):
+    "About as many tokens as asked for in each; all groups once an epoch, and as many batches in each."
+    rows = [{"query": f"q{i}", "pos": ["red bird " * (1 + 9 * (i % 5 == 0))], "neg": ["a fish", "blue"]} for i in range(50)]
+    trainer = train(tmp_path, InfoNCE(0.1), make_groups(rows, "bge"), tokens_per_batch=120)
+    sampler = sampler_of(trainer.source, trainer.args)
+    for n in range(3):
+        sampler.set_epoch(n)
+        keys = [key for (key,) in sampler]
+        assert sorted(row for key in keys for row in key.rows) == list(range(50)) and len(keys) == len(sampler)
+        tokens = [trainer.source[key]["label"]["real"] for key in keys]  # a document that several share is there once
+        assert max(costs_of(trainer.source)[list(key.rows)].sum() for key in keys) < 120 + costs_of(trainer.source).max() and max(tokens) <= 150
+    assert trainer.state.global_step == 2 * len(sampler)

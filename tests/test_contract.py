@@ -151,7 +151,7 @@ def test_how_the_trainer_calls_us(trainer, monkeypatch):
     seen = {"features": [], "totals": [], "rows": []}
     collect, compute = trainer.collect_features, trainer.compute_loss
     def collect_features(inputs):
-        assert inputs.keys() == {"packs", "label"}, "the trainer changed the batch"
+        assert inputs.keys() == {"packs", "label", "key", "budget"}, "the trainer changed the batch"
         seen["features"].append(inputs["label"]["q_id"].shape[0])
         return collect(inputs)
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -72,7 +72,7 @@ def test_close_calls(n, ties):
 
 
 def test_a_large_batch_stays_small():
-    "512 texts: 130,816 similarities, whose pairs would be 34 GB; and a draw from more is near the exact value."
+    "512 texts: 130,816 similarities, whose pairs would be 34 GB; and a draw from them is near the exact value."
     s, t = torch.randn(130_816, requires_grad=True), torch.randn(130_816)
     with torch.profiler.profile(profile_memory=True) as seen: order_error(s, t).backward()
     held = most = 0
@@ -80,7 +80,10 @@ def test_a_large_batch_stays_small():
         held += o.nbytes()
         most = max(most, held)
     assert most < 40 * 2**20
+    mine, theirs = (torch.nn.functional.normalize(torch.randn(200, 8), dim=-1) for _ in range(2))
     batch = {"q_id": torch.arange(5), "d_id": torch.arange(9)}
+    exact, drawn = (order_error((mine @ mine.T)[i, j], (theirs @ theirs.T)[i, j]) for i, j in (some_pairs(200, o, batch) for o in (None, 10_000)))
+    assert drawn.item() == pytest.approx(exact.item(), rel=0.03) and drawn != exact
     i, j = some_pairs(100, 300, batch)
     assert len(i) == 300 and (i != j).all() and torch.equal(i, some_pairs(100, 300, batch)[0]) and len(some_pairs(100, None, batch)[0]) == 4950
 
@@ -101,7 +104,8 @@ def test_files_that_do_not_fit(tmp_path):
     assert vectors[[0]].dtype == np.float32 and len(pickle.dumps(vectors)) < 600
     again = pickle.loads(pickle.dumps(vectors))
     assert np.array_equal(again[again.rows_of(groups["query"][:], "query")], vectors[vectors.rows_of(groups["query"][:], "query")])
-    with pytest.raises(InputError, match="54 of 60 queries have no vector"): teacher_vectors(toy_groups(60), tiny_model(seed=3), path)
+    with pytest.raises(InputError, match="54 of 60 queries have no vector"): teacher_vectors(toy_groups(60), tiny_model(seed=3), path, dtype="float16")
+    with pytest.raises(InputError, match="holds float16 numbers"): teacher_vectors(groups, tiny_model(seed=3), path)
 
     np.save(path / "keys.npy", np.load(path / "keys.npy")[::-1])  # rows in another order
     with pytest.raises(InputError, match="texts is .*about.json says"): load_vectors(path)
@@ -177,9 +181,7 @@ def test_a_student_learns_its_teacher(tmp_path, how):
 def test_the_objective_is_resumed(tmp_path, loss):
     "A run that is killed and goes on ends with the same weights, the objective's own among them."
     groups = toy_groups(48)
-    vectors = teacher_vectors(groups, add_head(tiny_model(seed=5), 40), tmp_path / "teacher")
-
-    class Killed(Exception): pass
+    vectors = teacher_vectors(groups, add_head(tiny_model(seed=5), 40), tmp_path / "teacher") if loss().reads else None
     def weights(trainer): return torch.cat([o.detach().flatten() for o in trainer.loss.parameters()])
     torch.manual_seed(3)
     objective = loss()
@@ -212,9 +214,15 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_training_with_a_guide(tmp_path):
+    "Another guide, another run; without one that speaks, the run of the plain loss."
     groups = toy_groups(48)
-    guide = teacher_vectors(groups, tiny_model(seed=5), tmp_path / "guide")
-    args = TrainingArguments(str(tmp_path / "run"), precision="fp32", learning_rate=5e-3, per_device_train_batch_size=16, num_train_epochs=2, logging_steps=1)
-    trainer = Trainer(tiny_model(), args, groups, loss=InfoNCE(0.1, guided=True), guide=guide)
-    trainer.train()
-    assert trainer.state.log_history[-1]["train_loss"] > 0
+    def trained(name, guided, seed=5):
+        guide = teacher_vectors(groups, tiny_model(seed=seed), tmp_path / f"guide{seed}") if guided else None
+        args = TrainingArguments(str(tmp_path / name), precision="fp32", learning_rate=5e-3, per_device_train_batch_size=16, num_train_epochs=2, seed=1)
+        trainer = Trainer(tiny_model(), args, groups, loss=InfoNCE(0.1, guided=guided, leave_out=0.0 if guided else None), guide=guide)
+        trainer.train()
+        return torch.cat([o.detach().flatten() for o in trainer.model.parameters()])
+    plain, five, six = trained("plain", False), trained("five", True), trained("six", True, seed=6)
+    assert (plain - five).norm() > 0.01 and (five - six).norm() > 0.01 and torch.equal(five, trained("again", True))
+    with pytest.raises(InputError, match="vectors of a guide, and no loss that reads them"):
+        Trainer(tiny_model(), TrainingArguments(str(tmp_path / "run")), groups, loss=InfoNCE(0.1), guide=teacher_vectors(groups, tiny_model(seed=5), tmp_path / "guide5"))

@@ -420,3 +420,20 @@ def test_a_learned_temperature(losses):
     with torch.no_grad(): objective.temperatures[0].fill_(-9.0)
     total()
     assert objective.temperatures[0].exp().item() == pytest.approx(LOWEST_TEMPERATURE)
+
+
+@pytest.mark.parametrize("make, problem", [(lambda: KL(temperature=0), "temperature=0"), (lambda: KL(teacher_temperature=-1), "teacher_temperature=-1"), (lambda: CoSENT(0), "temperature=0"),
+    (lambda: InfoNCE("0.05"), "a number above 0"), (lambda: InfoNCE(in_batch=1), "in_batch=1"), (lambda: InfoNCE(similarity="cosine"), "'cos' or 'dot'"), (lambda: Contrastive(similarity="dot"), "'cos' or 'euclidean'"),
+    (lambda: InfoNCE(directions=("query_to_doc",) * 2), "each once"), (lambda: InfoNCE(relative=True), "a margin"), (lambda: InfoNCE(weighted=True, directions=tuple(DIRECTIONS)), "weighted=False"),
+    (lambda: Objective(InfoNCE(0.001), learn_temperature=True), "0.01 or more"), (lambda: Objective(MarginMSE(), learn_temperature=True), "a loss with a temperature"), (lambda: Objective([]), "at least one")])
+def test_settings_that_cannot_be(make, problem):
+    with pytest.raises(InputError, match=problem): make()
+
+
+def test_no_documents_at_all():
+    "Groups that have none: weight 0, for a loss with a margin, too."
+    none, numbers = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    nothing = {"q_id": torch.arange(3), "d_id": none, "edges": torch.zeros(2, 0, dtype=torch.int64), "kind": none.to(torch.int8), "score": numbers, "teacher": numbers, "known": torch.zeros(2, 0, dtype=torch.int64)}
+    for loss in (InfoNCE(), InfoNCE(leave_out=0.1), Cosine(), KL(), Triplet(0.2, True, "cos"), M3KD(), CoSENT()):
+        (terms,) = Objective(loss)(torch.randn(3, 4), torch.randn(0, 4), nothing).values()
+        assert not terms.weight.any() and not terms.value.any(), loss

@@ -19,7 +19,7 @@ from nixietune.core import InputError
 from nixietune.encoder import encode, layout_of, prepare, set_max_length
 from nixietune.experiments import finetune
 from nixietune.groups import make_groups
-from nixietune.losses import InfoNCE, KL, Terms
+from nixietune.losses import Contrastive, CoSENT, InfoNCE, KL, Terms
 from nixietune.objectives import Objective
 from nixietune.relation import relate
 from nixietune.similarities import cos
@@ -164,6 +164,27 @@ def test_what_is_left_of_a_run(make, tmp_path):
     with pytest.raises(InputError, match="nothing was logged as 'los'; expected .*loss"): trainer.history.plot("los")
 
 
+@pytest.mark.parametrize("loss, problem", [(InfoNCE, "is no loss of ours"), ("InfoNCE", "is no loss of ours"), ([KL()], "KL finds nothing to learn from: none of 64 groups has two scores of a teacher"),
+    ([InfoNCE(), {}], "is no loss of ours"), ({"loss": InfoNCE()}, "another name")])
+def test_losses_that_cannot_be(make, loss, problem):
+    with pytest.raises(InputError, match=problem): make(tiny_model(), loss=loss)
+
+
+def test_what_a_loss_will_not_read_is_said(make, capsys):
+    rows = [{"query": o["query"], "pos": [{"doc": i["doc"], "score": 3.0} for i in o["pos"]], "neg": [{"doc": i["doc"], "score": 0.0} for i in o["neg"]]} for o in toy_groups(24)]
+    make(tiny_model(), make_groups(rows, "nixietune"), loss={"a": Contrastive(online=True), "b": InfoNCE(weighted=True)})
+    said = capsys.readouterr().out
+    assert "a wants grades between 0 and 1; they are between 0 and 3" in said and "24 others are not read" in said and "positives_per_query=1 leaves one" in said
+
+
+def test_parts_are_logged_as_their_sum_is(make):
+    "With accumulation, too."
+    for accumulate in (1, 3):
+        trainer = make(tiny_model(), loss=[InfoNCE(0.1), CoSENT(), InfoNCE(0.2, in_batch="negatives")], gradient_accumulation_steps=accumulate, num_train_epochs=2)
+        trainer.train()
+        for o in trainer.state.log_history[:-1]: assert o["loss"] == pytest.approx(o["InfoNCE"] + o["CoSENT"] + o["InfoNCE 2"], abs=1e-3)
+
+
 class Breaks:
     "A loss that is not a number in some of its calls."
     view, similarity = "all", "cos"
@@ -191,9 +212,13 @@ def test_a_loss_that_is_never_a_number_stops(make, what, more):
 
 @pytest.mark.parametrize("loss, said", [(Breaks, "the loss is nan"), (Steep, "a gradient is not a number")])
 def test_a_step_that_is_not_a_number_is_left_out(make, capsys, loss, said):
-    "And nothing else: the run ends as one whose batch was never there."
-    trainer = make(tiny_model(), loss=loss("nan", [2]), num_train_epochs=4, logging_steps=1)
+    "And nothing else: its weights are those of the step before."
+    seen = []
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs): seen.append(torch.cat([o.detach().flatten() for o in model.parameters()]))
+    trainer = make(tiny_model(), loss=loss("nan", [2]), num_train_epochs=4, logging_steps=1, callbacks=[Look()])
     trainer.train()
+    assert torch.equal(seen[0], seen[1]) and all(not torch.equal(a, b) for a, b in zip(seen[1:], seen[2:]))
     assert f"step 2 is left out, nothing was updated by it: {said}" in capsys.readouterr().out
     assert trainer.skipping.total == 1 and all(torch.isfinite(o).all() for o in trainer.model.parameters())
     logged = losses(trainer)
