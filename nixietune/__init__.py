@@ -31,6 +31,7 @@ _NAMES = {
         "planning": "plan",
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",
+        "tuning": "tune",
         "report": "write_run",
     }.items()
     for name in names.split()

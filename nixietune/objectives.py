@@ -148,7 +148,7 @@ def _blocks(loss, qd, q, d, relation, guide):
     theirs = guide[:len(q)].float(), guide[len(q):].float()
     return Blocks(qd, *more(SIMILARITIES[loss.similarity], q, d), guide=Blocks(cos(*theirs, relation.cols), *more(cos, *theirs)))
 
-
+# %% ../nbs/53_objectives.ipynb #2806770d
 def named_losses(
     losses, # a loss or an objective, a list of them, or a dict
 ) -> dict: # name -> loss

@@ -276,11 +276,37 @@ class _Learning(_Feeding):
         self.add_callback(callback)
         callback.on_init_end(self.args, self.state, self.control, model=self.model, trainer=self)
 
+# %% ../nbs/62_training.ipynb #f78b58c7
+class _Logging(_Learning):
+    "What is written down."
+    def log(self, logs, start_time=None):
+        "What is logged, with learned temperatures."
+        if self.last_loss is None: logs = {name: o for name, o in logs.items() if name != "loss"}  # no step has had one so far
+        logs = {name: o for name, o in logs.items() if o == o}
+        if "learning_rate" in logs:
+            logs = logs | {name: round(float(total)/n, 4) for name, (total, n) in self.parts.items()} | self._since_last_log() | {f"temperature/{name}": o for name, o in temperatures_of(self.loss.objective).items()}
+            self.parts = {}
+        super().log(logs, start_time)
+
+    def track_loss_components(self, loss):
+        "Parts are shares of the whole step, as their sum is, and not every batch has all of them."
+        for name, o in loss.items():
+            total, n = self.parts.get(name, (0.0, 0))
+            if torch.isfinite(o): self.parts[name] = total + o.detach()*self.current_gradient_accumulation_steps, n + 1
+
+    def _since_last_log(self):
+        "Tokens a second, the share of padding in what was computed, and steps left out."
+        now, before = (time.monotonic(), *(self.facts[o] for o in ("real", "computed"))), self.logged
+        seconds, real, computed = (a - b for a, b in zip(now, before)) if before else (0, 0, 0)
+        self.logged = now
+        found = {"tokens_per_second": round(real/seconds, 1)} if seconds > 0 else {}
+        return found | ({"padding": round(1 - real/computed, 4)} if computed else {}) | ({"steps_left_out": self.skipping.total} if self.skipping.total else {})
+
 # %% ../nbs/62_training.ipynb #aa6339a7
 OBJECTIVE, PLAN = "objective.safetensors", "plan.json"
 
 
-class _Keeping(_Learning):
+class _Keeping(_Logging):
     "What is kept: the objective's parameters beside the model's."
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -299,32 +325,9 @@ class _Keeping(_Learning):
             raise InputError("not the parameters of this objective", str(path), ", ".join(f"{k} {tuple(o.shape)}" for k, o in own.items()))
         self.loss.objective.load_state_dict(there)
 
-    def log(self, logs, start_time=None):
-        "What is logged, with learned temperatures."
-        if self.last_loss is None: logs = {name: o for name, o in logs.items() if name != "loss"}  # no step has had one so far
-        logs = {name: o for name, o in logs.items() if o == o}
-        if "learning_rate" in logs:
-            logs = logs | {name: round(float(total)/n, 4) for name, (total, n) in self.parts.items()} | self._since_last_log() | {f"temperature/{name}": o for name, o in temperatures_of(self.loss.objective).items()}
-            self.parts = {}
-        super().log(logs, start_time)
-
-    def track_loss_components(self, loss):
-        "Parts are shares of the whole step, as their sum is, and not every batch has all of them."
-        for name, o in loss.items():
-            total, n = self.parts.get(name, (0.0, 0))
-            if torch.isfinite(o): self.parts[name] = total + o.detach()*self.current_gradient_accumulation_steps, n + 1
-
     def get_decay_parameter_names(self, model):
         "Weight decay is for weights: a temperature would drift to 1."
         return [name for name in super().get_decay_parameter_names(model) if "temperatures" not in name]
-
-    def _since_last_log(self):
-        "Tokens a second, the share of padding in what was computed, and steps left out."
-        now, before = (time.monotonic(), *(self.facts[o] for o in ("real", "computed"))), self.logged
-        seconds, real, computed = (a - b for a, b in zip(now, before)) if before else (0, 0, 0)
-        self.logged = now
-        found = {"tokens_per_second": round(real/seconds, 1)} if seconds > 0 else {}
-        return found | ({"padding": round(1 - real/computed, 4)} if computed else {}) | ({"steps_left_out": self.skipping.total} if self.skipping.total else {})
 
 # %% ../nbs/62_training.ipynb #ab1c5e6c
 class _Enduring(_Keeping):
@@ -491,7 +494,7 @@ def vectors_for(
     queries = [text for _, text in index.queries]
     return {name: Beside(given[name], queries, index.documents) for name in sorted(objective.reads)}
 
-
+# %% ../nbs/62_training.ipynb #ce13b3b6
 def check_datasets(
     objective, # a `PerDataset`
     names, # of the data sets that there are
@@ -512,7 +515,7 @@ def learning_rates(
 
 LEARN_TEMPERATURES_AT = 5e-3
 
-
+# %% ../nbs/62_training.ipynb #182ecfb7
 def whole_numbers(
     model, # a SentenceTransformer; it is changed
 ):
