@@ -41,10 +41,13 @@ def affordable(
     train, # seconds to train on all of the data
     measure, # seconds to measure on dev
     seeds=1, # how often each is tried
-) -> int: # at least 1
-    "How many settings can be tried: each on a ninth of the data, a third of them on a third, a ninth of them on all."
-    cost = lambda k: seeds*sum(-(-k//part)*(train*part/9 + measure) for part in (1, 3, 9))
-    return max(1, max((k for k in range(1, n + 1) if cost(k) <= seconds), default=1))
+) -> tuple: # (settings that can be tried, rounds: on 1/9, 1/3 and all of the data)
+    "As many rounds as leave something to choose from: nine settings for three, three for two."
+    def cost(k, rounds): return seeds*sum(-(-k//3**i)*(train*3**i/9 + measure) for i in range(rounds))
+    for rounds in (3, 2, 1):
+        k = max((k for k in range(1, n + 1) if cost(k, rounds) <= seconds), default=1)
+        if n > 1 and k >= min(n, 3**(rounds - 1)): return k, rounds
+    return 1, 1
 
 # %% ../nbs/64_tuning.ipynb #fcaa3b95
 def small_corpus(
@@ -149,11 +152,11 @@ def tune(
     def run(settings, share): return [try_one(model, groups, dev, some, settings, share, seed, Path(output_dir), args) for seed in seeds]
     trials = run(tries[0], 1/9)
     training, measuring = (float(np.mean([o.seconds[i] for o in trials])) for i in (0, 1))
-    n = affordable(len(tries), stop - time.perf_counter(), 9*training, measuring, len(seeds))
-    say(f"{n} of {len(tries)} settings are tried: {', '.join(map(str, (n, -(-n//3), -(-n//9))))} of them on 1/9, 1/3 and all of {len(groups):,} groups; dev is searched in {len(some):,} documents")
+    n, rounds = affordable(len(tries), stop - time.perf_counter() + (training + measuring)*len(seeds), 9*training, measuring, len(seeds))
+    plan = ", ".join(f"{-(-n//3**i)} on {share} of" for i, share in enumerate(("1/9", "1/3", "all")[:rounds]))
+    say(f"{n} of {len(tries)} settings are tried: {plan} {len(groups):,} groups; dev is searched in {len(some):,} documents")
     for settings in tries[1:n]: trials += run(settings, 1/9)
-    for share in (1/3, 1.0):
-        trials += [o for settings in best_of(trials)[:-(-n//round(9*share))] for o in run(settings, share)]
+    for i in range(1, rounds): trials += [o for settings in best_of(trials)[:-(-n//3**i)] for o in run(settings, 3**i/9)]
     return Tuning(best_of(trials)[0], trials, before, len(tries) - n)
 
 # %% ../nbs/64_tuning.ipynb #0cf00a81

@@ -29,7 +29,7 @@ def test_seeds_and_repetition(tmp_path):
 def test_no_time(tmp_path, capsys):
     "The recipe's own setting is tried in any case, and what was left out is said."
     found = run(tmp_path, minutes=1e-6)
-    assert len(found.trials) == 3 and found.skipped == 3 and "1 of 4 settings are tried" in capsys.readouterr().out
+    assert len(found.trials) == 1 and found.skipped == 3 and "1 of 4 settings are tried" in capsys.readouterr().out
     assert "no time for 3 more settings" in repr(found) and found.best["temperature"] == 0.1
 
 
@@ -48,7 +48,9 @@ def test_best_of():
     "By the mean over seeds, on the largest share only."
     trials = [Trial({"a": a}, share, seed, score) for a, share, seed, score in [(1, 0.1, 0, 0.9), (2, 1, 0, 0.5), (2, 1, 1, 0.7), (3, 1, 0, 0.65), (3, 1, 1, 0.45)]]
     assert best_of(trials) == [{"a": 2}, {"a": 3}]
-    assert affordable(10, 0, 1, 1) == 1 and affordable(9, 9 * (1 / 9 + 1) + 3 * (3 / 9 + 1) + 2, 1, 1) == 9 > affordable(9, 9 * (1 / 9 + 1) + 3 * (3 / 9 + 1) + 1.9, 1, 1)
+    enough = 9 * (1 / 9 + 1) + 3 * (3 / 9 + 1) + 2
+    assert affordable(9, enough, 1, 1) == (9, 3) and affordable(9, enough - 0.1, 1, 1) == (9, 2) and affordable(9, 6, 1, 1) == (3, 2) and affordable(9, 3, 1, 1) == (2, 1)
+    assert affordable(10, 0, 1, 1) == affordable(1, 100, 1, 1) == (1, 1)
 
 
 def test_the_corpus_of_dev():
