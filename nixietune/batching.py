@@ -117,7 +117,7 @@ class KeySampler:
         self.n, self.seed, self.epoch, self.mix, self.ranks, self.costs = n, seed, 0, mix, ranks, costs
         self.parts = [(name, np.asarray(rows), (sizes or {}).get(name, batch_size)) for name, rows in (datasets or {"": np.arange(n)}).items()]
 
-    def __len__(self): return sum(len(o) for o in self._turns(np.random.default_rng(0)))
+    def __len__(self): return self.ranks*sum(self._pieces())
     def set_epoch(self, epoch): self.epoch = epoch
     def __iter__(self):
         rng, step = np.random.default_rng([self.seed, self.epoch]), 0
@@ -126,11 +126,12 @@ class KeySampler:
                 yield [BatchKey(self.epoch, step, tuple(rows.tolist()), self.seed, name)]
                 step += 1
 
+    def _pieces(self): return [_pieces(len(rows), size, self.ranks) for _, rows, size in self.parts]
     def _turns(self, rng):
         "Batches of an epoch; those that several processes read at a time are one list."
         def passes(part):
             while True: yield from _cut(rng.permutation(part[1]), part[2], self.ranks, self.costs)
-        wanted = in_turn([_pieces(len(rows), size, self.ranks) for _, rows, size in self.parts], [len(rows) for _, rows, _ in self.parts], self.mix, rng)
+        wanted = in_turn(self._pieces(), [len(rows) for _, rows, _ in self.parts], self.mix, rng)
         readers = [passes(part) for part in self.parts]
         for i in wanted: yield [(self.parts[i][0], rows) for rows in next(readers[i])]
 
