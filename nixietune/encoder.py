@@ -168,7 +168,7 @@ def tokens_in(
     return features["input_ids"].numel() if "input_ids" in features else 0
 
 # %% ../nbs/21_encoder.ipynb #f5c25ea9
-BUDGET = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # tokens a forward: enough to fill the device, little enough for its caches
+BUDGET = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # tokens a forward: enough to fill the device, little enough for its caches
 
 
 def budget_of(

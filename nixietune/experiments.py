@@ -137,7 +137,7 @@ def facts_of(
     "What the trainer ran with, and what padding it saved."
     a, f = trainer.args, trainer.facts
     settings = {k: getattr(a, k) for k in ("num_train_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "seed")}
-    return {"layout": trainer.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
+    return {"layout": trainer.source.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
             "precision": precision_in(a), "loss": [str(o) for o in trainer.loss.objective.losses.values()],
             "dropout": dropout_of(trainer.model), "max_length": trainer.model.max_seq_length, **f,
             "full_length": {role: round(float(np.mean(store.lengths >= length_limit(trainer.model, role))), 4)

@@ -158,3 +158,36 @@ def test_batches_of_equal_tokens(tmp_path):
         tokens = [trainer.source[key]["label"]["real"] for key in keys]  # a document that several share is there once
         assert max(costs_of(trainer.source)[list(key.rows)].sum() for key in keys) < 120 + costs_of(trainer.source).max() and max(tokens) <= 150
     assert trainer.state.global_step == 2 * len(sampler)
+
+
+def test_like_lengths_together(tmp_path):
+    "transformers' own name for it; every group is read once, by any number of processes; less padding, other batches each epoch."
+    rng = np.random.default_rng(0)
+    groups = make_groups([{"query": f"q{i}", "pos": [f"{i} " + "red bird " * int(n)]} for i, n in enumerate(rng.integers(1, 30, 120))], "bge")
+    facts = {order: train(tmp_path, InfoNCE(0.1), groups, train_sampling_strategy=order, forward="padded").facts for order in ("random", "group_by_length")}
+    assert facts["group_by_length"]["real"] == facts["random"]["real"]
+    assert facts["group_by_length"]["computed"] < 0.85 * facts["random"]["computed"]
+    lengths = rng.integers(1, 100, 300)
+    for ranks in (1, 3):
+        sampler = KeySampler(300, 7, order="group_by_length", lengths=lengths, ranks=ranks)
+        keys = [key for (key,) in sampler]
+        assert sorted(row for key in keys for row in key.rows) == list(range(300)) and len(keys) == len(sampler)
+        sampler.set_epoch(1)
+        assert {frozenset(key.rows) for key in keys}.isdisjoint(frozenset(key.rows) for (key,) in sampler)
+
+
+def test_prompts_of_data_sets(tmp_path):
+    "Before queries and documents of one data set; a group's own wins; what cannot be is an error."
+    groups, prompts = several(), {"large": {"query": "a b: ", "document": "c: "}, "small": {"query": "d: "}}
+    model = tiny_model(prompts={"query": "e: ", "document": ""})
+    with pytest.raises(InputError, match="share a document and want other prompts"): index_groups(groups, model=model, prompts=prompts)
+    everywhere = {name: o | {"document": "c: "} for name, o in prompts.items()}
+    index = index_groups(groups, model=model, prompts=everywhere)
+    assert {prompt for prompt, _ in index.queries} == {"a b: ", "d: "} and {*index.prompts} == {"c: "}
+    trainer = train(tmp_path, InfoNCE(0.1), prompts=everywhere)
+    plain = train(tmp_path, InfoNCE(0.1))
+    assert trainer.facts["real"] > plain.facts["real"]
+    documents = trainer.source.stores["document"]
+    assert documents[0][1:3].tolist() == model.tokenizer("c:")["input_ids"][1:3]
+    for wrong in ("query: ", {"query": "query: "}, {"large": "query: "}):
+        with pytest.raises(InputError, match="load_encoder"): train(tmp_path, InfoNCE(0.1), prompts=wrong)

@@ -126,6 +126,7 @@ def train(start, folder, name, batch_size, groups=40, **more):
     trainer = Trainer(deepcopy(start), args, data, loss=Objective([InfoNCE(0.1), CoSENT()], learn_temperature=True))
     trainer.train()
     return {"weights": torch.cat([o.detach().flatten() for o in trainer.loss.parameters()]), "steps": trainer.state.global_step,
+        "searches": getattr(trainer.model_wrapped, "find_unused_parameters", None),
         "losses": [(o["loss"], o["InfoNCE"], o["CoSENT"]) for o in trainer.state.log_history if "loss" in o]}
 
 
@@ -139,6 +140,7 @@ def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
         (one, two), expected = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)), train(tiny_model(), tmp_path, f"{name} alone", 8, **options)
         assert torch.equal(one["weights"], two["weights"]), name
         assert one["steps"] == expected["steps"], name
+        assert one["searches"] is False, name  # for parameters without a gradient: the pooler is frozen
         assert torch.allclose(torch.tensor(one["losses"]), torch.tensor(expected["losses"]), atol=2e-4), name
         assert (one["weights"] - expected["weights"]).abs().max() < 1e-4, name
 

@@ -70,9 +70,9 @@ def test_learns(make):
     untouched = before.keys() - moved(before, weights(model))
     assert {name.split(".")[2] for name in untouched} == {"pooler"}  # mean pooling does not read it
     assert np.mean(losses(trainer)[-4:]) < np.mean(losses(trainer)[:4]) - 0.3
-    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= trainer.state.log_history[0].keys()
-    scores = [o["eval_ndcg@10"] for o in trainer.state.log_history if "eval_ndcg@10" in o]
-    assert len(scores) == 4 and max(scores) == trainer.state.best_metric > scores[0]
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= next(o for o in trainer.history if "loss" in o).keys()
+    at, scores = zip(*trainer.history.column("eval_ndcg@10"))
+    assert at == (0, 4, 8, 12, 16) and max(scores) == trainer.state.best_metric > scores[0]  # the first is the baseline
     assert trainer.facts["pairs"] == 4 * 64 and trainer.facts["real"] == trainer.facts["computed"] < trainer.facts["padded"]
 
 
@@ -157,7 +157,7 @@ def test_what_is_left_of_a_run(make, tmp_path):
     trainer = make(tiny_model(), num_train_epochs=2, dev=toy_groups(20, seed=1), corpus=toy_corpus(), eval_strategy="epoch", gradient_accumulation_steps=2)
     trainer.train()
     lines = [json.loads(o) for o in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert lines == json.loads(json.dumps(list(trainer.history))) and {"loss", "padding", "tokens_per_second", "step"} <= lines[1].keys()
+    assert lines == json.loads(json.dumps(list(trainer.history))) and {"loss", "padding", "tokens_per_second", "step"} <= lines[2].keys()
     assert all(o["padding"] == 0 for o in lines if "padding" in o)
     assert len(trainer.history.column("loss")) == 4 and "eval_ndcg@10" in repr(trainer.history) and "<table" in trainer.history._repr_html_()
     assert trainer.history.plot().get_ylabel() == "loss"
@@ -320,7 +320,7 @@ def test_any_model(make, capsys, tmp_path, build, layout, said, rate):
     before = weights(model)
     trainer = make(model, num_train_epochs=3, learning_rate=rate)
     trainer.train()
-    assert trainer.layout.name == layout and said in capsys.readouterr().out
+    assert trainer.source.layout.name == layout and said in capsys.readouterr().out
     assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
     assert len(moved(before, weights(model))) >= (2 if build is router else 1)
     model.save_pretrained(str(tmp_path / "saved"))
@@ -337,9 +337,33 @@ def test_layouts_train_alike(make, include_prompt):
         trainer = make(tiny_model(prompts=PROMPTS, include_prompt=include_prompt), folder=forward, forward=forward)
         trainer.train()
         found[forward] = losses(trainer)
-        assert trainer.layout.name == forward
+        assert trainer.source.layout.name == forward
     assert len(found["padded"]) == 4 and found["padded"][-1] < found["padded"][0]
     for forward in ("packed", "bucketed"): assert found[forward] == pytest.approx(found["padded"], abs=1e-3)
+
+
+def test_baseline_and_plan_travel(make, tmp_path):
+    "What was measured before the first step, and the layout, are taken from the checkpoint by a run that goes on."
+    more = dict(dev=toy_groups(20, seed=1), corpus=toy_corpus(), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, num_train_epochs=2)
+    first = make(callbacks=[Watch(die_at=4)], **more)
+    prepare(first.model, "bucketed")  # as if it had been measured as the faster way
+    first.source.layout = layout_of(first.model)
+    with pytest.raises(MemoryError): first.train()
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "plan.json").read_text())["forward"] == "bucketed"
+    second = make(**more)
+    assert second.source.layout.name == "packed"
+    second.train(resume=True)
+    assert second.source.layout.name == layout_of(second.model).name == "bucketed"
+    steps, scores = zip(*second.history.column("eval_ndcg@10"))
+    assert steps == (0, 2, 4, 6, 8) and second.bar.baseline == scores[0] and not second.args.eval_on_start
+    assert second.bar.shown["dev nDCG@10"] == f"{scores[0]:.3f} -> {scores[-1]:.3f}"
+    assert all(0.1 < o["memory_gb"] < 30 for o in second.history if "loss" in o)
+
+
+def test_the_optimizer_is_fused(make):
+    trainer = make()
+    trainer.train()
+    assert trainer.args.optim == "adamw_torch_fused" and trainer.optimizer.optimizer.defaults["fused"]
 
 
 def test_finetune_without_a_corpus(tmp_path):
