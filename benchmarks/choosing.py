@@ -359,6 +359,9 @@ PARTS = {"baseline": Bench.baseline, "temperature": temperature, "batch": batch,
 FURTHER = {"baseline": Bench.baseline, "teacher": Bench.teacher, "shapes": lambda b: shapes(b, SHORT)}
 
 
+TINY = {"baseline": Bench.baseline, "shapes": lambda b: shapes(b, {"pairs": ("InfoNCE",)})}
+
+
 def main(o):
     import torch
     from nixietune.core import runtime, versions
@@ -369,8 +372,9 @@ def main(o):
         if o.on and name not in o.on: continue
         bench = Bench(collection(name, folder), o.work, book)
         c = bench.collection
+        if o.tiny: c.train = c.train[:200]
         book.content["facts"].setdefault("data", {})[name] = dict(train=len(c.train), dev=c.dev, test=len(c.problem.queries) - c.dev, documents=len(c.problem.texts), about=c.about)
-        for part, run in (PARTS if folder is None else FURTHER).items():
+        for part, run in (TINY if o.tiny else PARTS if folder is None else FURTHER).items():
             if not o.only or part in o.only: run(bench)
         book.write()
 
@@ -381,6 +385,7 @@ def arguments():
     p.add_argument("--data", nargs="*", default=[], metavar="NAME=FOLDER", help="further collections in BEIR's layout, with train, dev and test")
     p.add_argument("--only", nargs="+", choices=PARTS, help="parts to run (all)")
     p.add_argument("--on", nargs="+", help="collections to run on: lay and the names of --data (all)")
+    p.add_argument("--tiny", action="store_true", help="a minute, to see that it runs")
     p.add_argument("--work", type=Path, default=Path("runs/choosing"), help="where the teacher's scores are kept (%(default)s)")
     return p
 

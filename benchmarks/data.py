@@ -83,9 +83,11 @@ def main(o):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--groups", type=int, default=1_000_000, help="groups in the file (%(default)s)")
+    p.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     p.add_argument("--folder", help="where to work; a temporary folder without it")
     p.add_argument("--json", help="where to write everything")
     p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = p.parse_args()
+    if options.tiny: options.groups = 500
     if options.one: print(json.dumps(one_run(*options.one)))
     else: main(options)

@@ -116,8 +116,10 @@ if __name__ == "__main__":
     p.add_argument("--sizes", type=int, nargs="+", default=[64, 512, 2048, 8192], help="queries a batch")
     p.add_argument("--losses", nargs="+", help="names of losses (all)")
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     p.add_argument("--json", help="where to write everything")
     p.add_argument("--side", help=argparse.SUPPRESS)
     o = p.parse_args()
+    if o.tiny: o.sizes, o.rounds, o.losses = [8], 1, o.losses or list(twins())[:2]
     if o.side: print(json.dumps({f"{name}|{n}": one(o.side, name, n) for name in o.losses for n in o.sizes}))
     else: main(o)

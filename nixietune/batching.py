@@ -152,7 +152,9 @@ class KeySampler:
         ranks=1, # processes that read this many batches in a row, all from one data set
         order="random", # of groups: "random", "sequential" or "group_by_length", see below
         lengths=None, # tokens of each group, for "group_by_length"
+        drop_rest=False, # leave out the last batch where it is smaller than the others?
     ):
+        self.drop_rest = drop_rest
         self.n, self.seed, self.epoch, self.mix, self.ranks, self.costs, self.order, self.lengths = n, seed, 0, mix, ranks, costs, order, lengths
         self.parts = [(name, np.asarray(rows), (sizes or {}).get(name, batch_size)) for name, rows in (datasets or {"": np.arange(n)}).items()]
 
@@ -165,7 +167,7 @@ class KeySampler:
                 yield [BatchKey(self.epoch, step, tuple(rows.tolist()), self.seed, name)]
                 step += 1
 
-    def _pieces(self): return [_pieces(len(rows), size, self.ranks) for _, rows, size in self.parts]
+    def _pieces(self): return [_pieces(len(rows), size, self.ranks, self.drop_rest) for _, rows, size in self.parts]
     def _turns(self, rng):
         "Batches of an epoch; those that several processes read at a time are one list."
         def passes(part):
@@ -174,11 +176,15 @@ class KeySampler:
         readers = [passes(part) for part in self.parts]
         for i in wanted: yield [(self.parts[i][0], rows) for rows in next(readers[i])]
 
+    def left_out(self) -> int:
+        "How many groups an epoch does not read."
+        return sum(len(rows) - pieces*size*self.ranks for (_, rows, size), pieces in zip(self.parts, self._pieces())) if self.drop_rest else 0
+
     def _pass(self, rows, size, rng):
         "All groups of a data set once, in batches."
         if self.order != "sequential": rows = rng.permutation(rows)
         if self.order == "group_by_length": rows = alike(rows, self.lengths, size*self.ranks)
-        batches = list(_cut(rows, size, self.ranks, self.costs))
+        batches = list(_cut(rows, size, self.ranks, self.costs, self.drop_rest))
         return batches if self.order != "group_by_length" else [batches[i] for i in rng.permutation(len(batches))]
 
 # %% ../nbs/60_batching.ipynb #2bb76ed4
@@ -209,18 +215,20 @@ def alike(
     return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in np.split(rows, range(stretch, len(rows), stretch))])
 
 
-def _cut(rows, size, ranks, costs):
+def _cut(rows, size, ranks, costs, drop_rest=False):
     "Cut rows into batches; for several processes each piece is divided among them."
-    pieces = _pieces(len(rows), size, ranks)
+    pieces = _pieces(len(rows), size, ranks, drop_rest)
+    if drop_rest and costs is None: rows = rows[:pieces*size*ranks]
     if costs is None: borders = np.arange(1, pieces)*size*ranks
     else: borders = np.searchsorted(costs[rows].cumsum(), np.arange(1, pieces)*costs[rows].sum()/pieces)
     for piece in np.split(rows, borders): yield np.array_split(piece, ranks)
 
 
-def _pieces(n, size, ranks):
+def _pieces(n, size, ranks, drop_rest=False):
     "How many batches; a rest of less than one group a process joins the batch before."
     if n < ranks: raise InputError(f"{n} group(s) for {ranks} processes", "training data", "at least one for each")
-    return max(1, -(-n//(size*ranks)) - (0 < n % (size*ranks) < ranks))
+    if drop_rest and n < size*ranks: raise InputError(f"{n} group(s) are less than one batch of {size*ranks}", "dataloader_drop_last=True", "a smaller batch, or dataloader_drop_last=False")
+    return n//(size*ranks) if drop_rest else max(1, -(-n//(size*ranks)) - (0 < n % (size*ranks) < ranks))
 
 # %% ../nbs/60_batching.ipynb #beafa173
 def draw(
@@ -417,4 +425,5 @@ def sampler_of(
     seed = args.seed if getattr(args, "data_seed", None) is None else args.data_seed
     order = getattr(args, "train_sampling_strategy", "random")
     lengths = costs_of(source) if order == "group_by_length" else None
-    return KeySampler(len(source), size, seed, datasets, args.mix, args.dataset_batch_sizes, costs, ranks, order, lengths)
+    drop_rest = getattr(args, "drop_rest", False) and costs is None  # batches of equal tokens leave no rest
+    return KeySampler(len(source), size, seed, datasets, args.mix, args.dataset_batch_sizes, costs, ranks, order, lengths, drop_rest)

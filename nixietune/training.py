@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPE_NAMES', 'RANGES', 'DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT', 'DTYPES',
-           'TrainingArguments', 'Panel', 'add_line', 'History', 'Skipping', 'NotANumber', 'without_numbers',
-           'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator', 'first', 'Trainer', 'teacher_span',
-           'default_loss', 'food', 'remarks', 'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers',
-           'freeze_unused', 'used_memory', 'attention_dropout', 'pairs_in', 'last_checkpoint']
+           'TrainingArguments', 'one_device', 'Panel', 'add_line', 'History', 'Skipping', 'NotANumber',
+           'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator', 'first', 'Trainer',
+           'teacher_span', 'default_loss', 'food', 'remarks', 'vectors_for', 'check_datasets', 'learning_rates',
+           'whole_numbers', 'freeze_unused', 'used_memory', 'attention_dropout', 'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
 import json, time
@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from .batching import batch_labels, counts, index_groups, sampler_of, shortages, source_of
+from .checkpoints import is_lack_of_disk, keep_newest, last_checkpoint, put, seal, Stopping, sweep, WRITING
 from .core import check_folder, check_range, InputError, runtime, write_json
 from .display import Progress, say, Table
 from .encoder import check_layout, layout_of, load_encoder, prepare
@@ -73,8 +74,20 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         if self.precision == "auto" and not (self.fp16 or self.bf16): self.precision = here.precision
         if here.device == "cpu": self.use_cpu = True  # or transformers refuses bf16 without a GPU
         if self.precision in ("fp16", "bf16"): setattr(self, self.precision, True)
+        self.drop_rest, self.dataloader_drop_last = self.dataloader_drop_last, True  # or sentence-transformers sets it for several processes, and says so
         super().__post_init__()
+        self.dataloader_drop_last = self.drop_rest
+        one_device(self)
         if here.device == "cuda": self.accelerator_config.non_blocking = self.dataloader_pin_memory  # batches travel to the GPU while it computes
+
+# %% ../nbs/62_training.ipynb #790694c9
+def one_device(
+    args, # `TrainingArguments`; they are changed
+):
+    "One GPU for one process."
+    if args.n_gpu < 2: return
+    say(f"one of {args.n_gpu} GPUs is used: nt.launch(run, num_processes={args.n_gpu}) or torchrun uses all")
+    args._n_gpu = 1
 
 # %% ../nbs/62_training.ipynb #3add469f
 RECIPE_NAMES = {"learning_rate": ("learning_rate", 2e-5), "per_device_train_batch_size": ("batch_size", 64),
@@ -246,6 +259,7 @@ class _Feeding(SentenceTransformerTrainer):
     def get_train_dataloader(self):
         "Batches built from keys."
         args, sampler = self.args, sampler_of(self.source, self.args, self.args.world_size)
+        if left := sampler.left_out(): say(f"dataloader_drop_last: {left:,} of {len(self.source):,} groups are left out of each epoch, others each time")
         workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
                        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
                        prefetch_factor=args.dataloader_prefetch_factor,
@@ -320,12 +334,47 @@ OBJECTIVE, PLAN = "objective.safetensors", "plan.json"
 
 
 class _Keeping(_Logging):
-    "What is kept: the objective's parameters beside the model's."
+    "What is kept: checkpoints that are whole, with the objective's parameters beside the model's."
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached})
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
+
+    writing = None # where a checkpoint is just being written
+
+    def _get_output_dir(self, trial=None): return self.writing or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        "Beside its place, sealed, then put there; where the disk does not let it, training goes on."
+        folder, name, error = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}", None
+        self.writing = str(folder/WRITING)
+        try: super()._save_checkpoint(model, trial)
+        except Exception as found:
+            if not is_lack_of_disk(found): raise
+            error = found
+        finally: self.writing = None
+        if self._together(int(error is not None)):
+            say(f"the checkpoint of step {self.state.global_step} could not be written{f' ({str(error).strip()[:200]})' if error else ''}: training goes on, and the one before is still there")
+        elif self.is_world_process_zero(): self._put_checkpoint(folder, name)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero(): sweep(folder)
+
+    def _put_checkpoint(self, folder, name):
+        "Seal what was written, give it its name, and remove what is too old."
+        best = folder/f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.name == name or best.exists()): self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(folder/WRITING/name/"trainer_state.json"))  # with the place where it will be
+        seal(folder/WRITING/name)
+        put(folder/WRITING/name, folder/name)
+        keep_newest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _together(self, number):
+        "The largest number that any process has."
+        if self.args.world_size == 1: return number
+        found = torch.tensor(number, device=self.args.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
 
     def _load_from_checkpoint(self, checkpoint_path):
         super()._load_from_checkpoint(checkpoint_path)
@@ -334,7 +383,7 @@ class _Keeping(_Logging):
         self.source.budget, self.loss.cached = there.get("tokens_per_forward", self.source.budget), there.get("cache_gradients", self.loss.cached)
         own, path = self.loss.objective.state_dict(), Path(checkpoint_path)/OBJECTIVE
         if not own: return
-        there = load_file(path, device=str(self.args.device)) if path.exists() else {}
+        there = load_file(path) if path.exists() else {}
         if {k: o.shape for k, o in own.items()} != {k: o.shape for k, o in there.items()}:
             raise InputError("not the parameters of this objective", str(path), ", ".join(f"{k} {tuple(o.shape)}" for k, o in own.items()))
         self.loss.objective.load_state_dict(there)
@@ -386,10 +435,15 @@ class _Running(_Enduring):
         measured = choose_layout(self.model, self.source, a) if fresh else ""
         check_layout(self.model)
         say(self.announcement(measured))
-        try: return super().train(**kwargs)
+        if self.is_world_process_zero(): sweep(a.output_dir)
+        try: found = super().train(**kwargs)
         finally:
             self.bar.close()
+            self.stopping.restore()
             a.eval_on_start = asked
+        if self.stopping.asked: say(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
+        self.stopping.leave()
+        return found
 
     @property
     def history(self): return History(self.state.log_history)
@@ -449,7 +503,8 @@ class Trainer(_Running):
                          data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts)
-        for callback in (self.bar, self.skipping): self.add_callback(callback)
+        self.stopping = Stopping(self._together)
+        for callback in (self.bar, self.skipping, self.stopping): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(
@@ -586,11 +641,3 @@ def pairs_in(
     "Query-positive pairs that one epoch trains on."
     positives = counts(arrays, POS)
     return int(np.minimum(positives, most or positives.max()).sum())
-
-
-def last_checkpoint(
-    folder, # an output folder
-) -> str|None: # the newest whole checkpoint in it
-    "Where an interrupted run goes on; None where there is nothing to go on from."
-    whole = [o for o in Path(folder).glob("checkpoint-*") if o.name[11:].isdigit() and (o/"trainer_state.json").exists()]
-    return str(max(whole, key=lambda o: int(o.name[11:]))) if whole else None

@@ -191,3 +191,9 @@ def test_prompts_of_data_sets(tmp_path):
     assert documents[0][1:3].tolist() == model.tokenizer("c:")["input_ids"][1:3]
     for wrong in ("query: ", {"query": "query: "}, {"large": "query: "}):
         with pytest.raises(InputError, match="load_encoder"): train(tmp_path, InfoNCE(0.1), prompts=wrong)
+
+
+def test_a_rest_that_is_dropped_is_counted(tmp_path, capsys):
+    trainer = train(tmp_path, InfoNCE(0.1), several().select(range(57)), dataloader_drop_last=True)
+    assert trainer.state.global_step == 10 and "7 of 57 groups are left out of each epoch" in capsys.readouterr().out
+    with pytest.raises(InputError, match="less than one batch of 10"): train(tmp_path, InfoNCE(0.1), several().select(range(9)), dataloader_drop_last=True)

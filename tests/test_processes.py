@@ -1,15 +1,19 @@
 "Two processes give the loss and the gradient of one process with the whole batch."
 import os
+import signal
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import TrainerCallback
 
 from nixietune.batching import BatchKey, batch_labels, index_groups, Source
+from nixietune.checkpoints import last_checkpoint
 from nixietune.distillation import DistillVectors
 from nixietune.groups import make_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
@@ -116,7 +120,14 @@ RUNS = {"plain": {}, "a rest": {"groups": 43}, "accumulated": {"gradient_accumul
     "data sets": {"same_dataset_within_batch": True, "groups": 39}}
 
 
-def train(start, folder, name, batch_size, groups=40, **more):
+class Die(TrainerCallback):
+    "Ends the process at a step, as a machine that is taken away does."
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(start, folder, name, batch_size, groups=40, die_at=None, resume=False, **more):
     "A run of the trainer; its weights, the objective's among them."
     rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]][:n % 3]} for n, o in enumerate(toy_groups(groups, negatives=2))]
     data = make_groups(rows, "bge")
@@ -124,18 +135,30 @@ def train(start, folder, name, batch_size, groups=40, **more):
     args = TrainingArguments(f"{folder}/{name}", precision="fp32", learning_rate=5e-3, per_device_train_batch_size=batch_size, num_train_epochs=2, logging_steps=1, seed=1,
         tokens_per_forward=60, **more)
     trainer = Trainer(deepcopy(start), args, data, loss=Objective([InfoNCE(0.1), CoSENT()], learn_temperature=True))
-    trainer.train()
+    if die_at: trainer.add_callback(Die(die_at))
+    trainer.train(resume)
     return {"weights": torch.cat([o.detach().flatten() for o in trainer.loss.parameters()]), "steps": trainer.state.global_step,
         "searches": getattr(trainer.model_wrapped, "find_unused_parameters", None),
         "losses": [(o["loss"], o["InfoNCE"], o["CoSENT"]) for o in trainer.state.log_history if "loss" in o]}
+
+
+def torchrun(folder, what="all"):
+    "This file, in two processes."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder), what]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
     "Under torchrun, with DDP: the same steps, losses and weights as one process with batches of both."
     monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert torchrun(tmp_path, "die").returncode != 0  # killed in the second epoch, after the checkpoint of step 6
+    assert Path(last_checkpoint(tmp_path / "killed")).name == "checkpoint-6"
+    done = torchrun(tmp_path, "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2): assert torch.equal(torch.load(tmp_path / f"killed{rank}.pt")["weights"], torch.load(tmp_path / f"plain{rank}.pt")["weights"])
     for name, options in RUNS.items():
         (one, two), expected = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)), train(tiny_model(), tmp_path, f"{name} alone", 8, **options)
         assert torch.equal(one["weights"], two["weights"]), name
@@ -147,5 +170,9 @@ def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    start = tiny_model()  # before there are processes: only the first one writes files then
-    for name, options in RUNS.items(): torch.save(train(start, sys.argv[1], name, 4, **options), f"{sys.argv[1]}/{name}{os.environ['RANK']}.pt")
+    start, folder, what, rank = tiny_model(), sys.argv[1], sys.argv[2], os.environ["RANK"]  # before there are processes: only the first one writes files then
+    keep = dict(save_strategy="steps", save_steps=3)
+    if what == "die": train(start, folder, "killed", 4, die_at=7, **keep)
+    elif what == "resume": torch.save(train(start, folder, "killed", 4, resume=True, **keep), f"{folder}/killed{rank}.pt")
+    else:
+        for name, options in RUNS.items(): torch.save(train(start, folder, name, 4, **options), f"{folder}/{name}{rank}.pt")

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import BoW, Dense, Norma
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from transformers import TrainerCallback
 
+from nixietune.checkpoints import last_checkpoint
 from nixietune.batching import BatchKey, index_groups, KeySampler, Source
 from nixietune.core import InputError
 from nixietune.encoder import encode, layout_of, prepare, set_max_length
@@ -24,7 +25,7 @@ from nixietune.objectives import Objective
 from nixietune.relation import relate
 from nixietune.similarities import cos
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
-from nixietune.training import last_checkpoint, Trainer, TrainingArguments
+from nixietune.training import Trainer, TrainingArguments
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 PROMPTS = {"query": "a b c d: ", "document": "e f: "}

@@ -1,0 +1,42 @@
+"Every benchmark runs, small: its figures mean nothing then, but none of them is left untried."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parents[1]
+
+
+def run(tmp_path, name, *options):
+    "The benchmark's output, and what it wrote."
+    env = os.environ | {"NIXIETUNE_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "benchmarks" / f"{name}.py"), *options, "--tiny", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-3000:]
+    return done.stdout, json.loads((tmp_path / "out.json").read_text())
+
+
+def test_training(tmp_path):
+    "All read the same batches, and with dropout off all have the same loss."
+    ways = ["sentence-transformers", "sentence-transformers, cached", "packed", "cached"]
+    said, found = run(tmp_path, "training", "mixed", "--device", "cpu", "--dropout", "off", "--ways", *ways)
+    assert not found["wrong"] and "so are the mean losses" in said
+    rows = {row["way"]: row for row in found["summary"]}
+    assert [*rows] == ways and rows["packed"]["padding"] == 0 < rows["sentence-transformers"]["padding"]
+    assert all(0 < row["utilisation"] < 1 and row["tokens/s"] > 0 for row in rows.values())
+    assert found["facts"]["command"].startswith("python benchmarks/training.py mixed") and str(tmp_path) not in found["facts"]["command"]
+
+
+def test_losses(tmp_path): assert len(run(tmp_path, "losses")[1]["rows"]) == 2
+
+
+def test_data(tmp_path): assert [row["rows"] for row in run(tmp_path, "data")[1]["rows"]] == [500] * 4
+
+
+def test_quality(tmp_path): assert {o["way"] for o in run(tmp_path, "quality", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
+
+
+def test_choosing(tmp_path):
+    found = run(tmp_path, "choosing", "--work", str(tmp_path / "work"))[1]
+    assert len(found["runs"]) > 3
