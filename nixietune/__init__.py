@@ -32,6 +32,7 @@ _NAMES = {
         "training": "Trainer TrainingArguments",
         "experiments": "finetune",
         "tuning": "tune",
+        "launching": "launch",
         "report": "write_run",
     }.items()
     for name in names.split()

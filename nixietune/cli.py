@@ -144,6 +144,7 @@ def finish(result, output, title, about, command):
     "Write everything, and end with the table and the verdict."
     from nixietune.display import say
     from nixietune.report import write_run
+    if os.environ.get("RANK", "0") != "0": return  # of several processes one writes
     report = write_run(result, output, title, about, command)
     saved = result.facts["training"]["padding_saved"]
     if saved: say(f"{result.facts['training']['layout']} texts saved {saved:.0%} of the tokens that padded batches would have computed")
@@ -266,3 +267,6 @@ def main(
         print("nixietune: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__" and __spec__: sys.exit(main())  # python -m nixietune.cli; a notebook has no spec

@@ -74,6 +74,7 @@ def check_folder(
 @contextmanager
 def atomic_path(
     path:str|Path, # where the file or folder shall be
+    replace=True, # take the place of what is there? Without, the first of several processes wins
 ): # a path beside it: write a file or make a folder there
     "Give a temporary path that becomes `path` when the block ends, and disappears when it raises."
     path = Path(path)
@@ -81,11 +82,19 @@ def atomic_path(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if not replace and path.exists(): return
         if path.is_dir() and not path.is_symlink(): _swap_folder(temporary, path)
-        else: os.replace(temporary, path)
+        else: _move(temporary, path, replace)
     finally:
         if temporary.is_dir(): shutil.rmtree(temporary)
         else: temporary.unlink(missing_ok=True)
+
+
+def _move(new, path, replace):
+    "Give a file or folder its name, which may have been taken a moment ago."
+    try: os.replace(new, path)
+    except OSError:
+        if replace or not path.exists(): raise
 
 
 def _swap_folder(new, path):

@@ -31,11 +31,11 @@ class Arrays:
 
 
 def save_arrays(
-    path:str|Path, # the folder to make
+    path:str|Path, # the folder to make; one that is there stays as it is
     **arrays, # name = array
 ) -> Arrays:
     "Write a folder of arrays, whole or not at all."
-    with atomic_path(path) as temporary:
+    with atomic_path(path, replace=False) as temporary:
         temporary.mkdir()
         for name, array in arrays.items(): np.save(temporary/f"{name}.npy", np.asarray(array))
     return Arrays(path)
@@ -155,7 +155,7 @@ def tokenize(
     store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
     limit = length_limit(model, role, max_length)
     if full := int((store.lengths >= limit).sum()): say(f"{full:,} of them fill the maximum length of {limit} tokens: what is beyond it is not read")
-    with atomic_path(path) as temporary:
+    with atomic_path(path, replace=False) as temporary:
         save_arrays(temporary, **store._open)
         (temporary/"parts.json").write_text(json.dumps(parts))
     return TokenStore(path)

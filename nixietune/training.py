@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPE_NAMES', 'RANGES', 'DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT', 'DTYPES',
            'TrainingArguments', 'one_device', 'Panel', 'add_line', 'History', 'Skipping', 'NotANumber',
-           'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator', 'first', 'Trainer',
-           'teacher_span', 'default_loss', 'food', 'remarks', 'vectors_for', 'check_datasets', 'learning_rates',
-           'whole_numbers', 'freeze_unused', 'used_memory', 'attention_dropout', 'pairs_in']
+           'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator', 'first', 'Epochs',
+           'Trainer', 'teacher_span', 'default_loss', 'food', 'remarks', 'vectors_for', 'check_datasets',
+           'learning_rates', 'whole_numbers', 'freeze_unused', 'used_memory', 'attention_dropout', 'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
 import json, time
@@ -254,6 +254,12 @@ def first(
     return items[0]
 
 
+class Epochs(TrainerCallback):
+    "Tells a sampler which epoch begins. The data loader would, but not where several processes go on within an epoch: there it hides the sampler too deep."
+    sampler = None
+    def on_epoch_begin(self, args, state, control, **kwargs): self.sampler.set_epoch(int(state.epoch + 1e-6))
+
+
 class _Feeding(SentenceTransformerTrainer):
     "What goes in: batches of groups."
     def get_train_dataloader(self):
@@ -264,7 +270,7 @@ class _Feeding(SentenceTransformerTrainer):
                        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
                        prefetch_factor=args.dataloader_prefetch_factor,
                        generator=torch.Generator())  # its own: starting workers must not move the random numbers of dropout
-        self.accelerator.even_batches = False
+        self.epochs.sampler, self.accelerator.even_batches = sampler, False
         return self.accelerator.prepare(DataLoader(self.source, batch_sampler=sampler, collate_fn=first, **workers))
 
     def collect_features(self, inputs):
@@ -503,8 +509,8 @@ class Trainer(_Running):
                          data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts)
-        self.stopping = Stopping(self._together)
-        for callback in (self.bar, self.skipping, self.stopping): self.add_callback(callback)
+        self.stopping, self.epochs = Stopping(self._together), Epochs()
+        for callback in (self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(
