@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
+from .arguments import precision_in, TrainingArguments
 from .comparison import compare, Comparison
 from .core import atomic_path, InputError, runtime, set_seed, versions
 from .display import hushed, say
@@ -19,7 +20,7 @@ from .evaluation import evaluate, Evaluation, relevance
 from .groups import corpus_of
 from .texts import leaks, split_groups
 from .tokens import length_limit
-from .training import precision_in, Trainer, TrainingArguments
+from .training import Trainer
 
 # %% ../nbs/63_experiments.ipynb #0c643257
 @dataclass

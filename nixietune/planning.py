@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kept_bytes', 'unused_parameters', 'Plan', 'free_memory', 'decide', 'plan', 'plan_for', 'layout_rates',
-           'choose_layout', 'precision_in']
+           'choose_layout']
 
 # %% ../nbs/61_plan.ipynb #e76980c2
 import time
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 import psutil
 import torch
+from .arguments import precision_in
 from .batching import index_groups, sampler_of, source_of
 from .core import runtime
 from .display import Table
@@ -183,13 +184,6 @@ def choose_layout(
     rates = layout_rates(model, source, next(iter(sampler_of(source, args)))[0], precision_in(args))
     source.layout = prepare(model, max(rates, key=rates.get))
     return " and ".join(f"{rate:,.0f} tokens a second {name}" for name, rate in sorted(rates.items(), key=lambda o: -o[1]))
-
-
-def precision_in(
-    args, # `TrainingArguments`
-) -> str:
-    "The precision of a run: bf16, fp16 or fp32."
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 # %% ../nbs/61_plan.ipynb #dce19ccb
 def _reasons(plan, given, layout):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 import numpy as np
+from .arguments import TrainingArguments
 from .core import check_range, InputError, set_seed
 from .display import say, Table
 from .evaluation import evaluate
@@ -19,7 +20,7 @@ from .experiments import ready
 from .losses import InfoNCE
 from .plots import new_axes
 from .recipes import recipe
-from .training import Trainer, TrainingArguments
+from .training import Trainer
 
 # %% ../nbs/64_tuning.ipynb #dfe313b2
 def settings_to_try(
