@@ -183,8 +183,9 @@ class KeySampler:
     def _pass(self, rows, size, rng):
         "All groups of a data set once, in batches."
         if self.order != "sequential": rows = rng.permutation(rows)
+        if self.drop_rest and self.costs is None: rows = rows[:_pieces(len(rows), size, self.ranks, True)*size*self.ranks]
         if self.order == "group_by_length": rows = alike(rows, self.lengths, size*self.ranks)
-        batches = list(_cut(rows, size, self.ranks, self.costs, self.drop_rest))
+        batches = list(_cut(rows, size, self.ranks, self.costs))
         return batches if self.order != "group_by_length" else [batches[i] for i in rng.permutation(len(batches))]
 
 # %% ../nbs/60_batching.ipynb #2bb76ed4
@@ -215,10 +216,9 @@ def alike(
     return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in np.split(rows, range(stretch, len(rows), stretch))])
 
 
-def _cut(rows, size, ranks, costs, drop_rest=False):
+def _cut(rows, size, ranks, costs):
     "Cut rows into batches; for several processes each piece is divided among them."
-    pieces = _pieces(len(rows), size, ranks, drop_rest)
-    if drop_rest and costs is None: rows = rows[:pieces*size*ranks]
+    pieces = _pieces(len(rows), size, ranks)
     if costs is None: borders = np.arange(1, pieces)*size*ranks
     else: borders = np.searchsorted(costs[rows].cumsum(), np.arange(1, pieces)*costs[rows].sum()/pieces)
     for piece in np.split(rows, borders): yield np.array_split(piece, ranks)

@@ -25,15 +25,22 @@ def follow(
     command, # a list of texts
     env=None, # environment variables besides those of this process
 ) -> int: # its exit code
-    "Run a command and show what it prints, line by line. A stop here stops it there, after its step, with a checkpoint if it writes any."
-    child = subprocess.Popen(command, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    while True:
-        try:
-            for line in child.stdout: say(line.rstrip("\n"))
-            return child.wait()
-        except KeyboardInterrupt:
-            say("stopping the processes")
-            os.killpg(child.pid, signal.SIGINT)
+    "Run a command and show what it prints, line by line. A stop here stops it there, after its step, with a checkpoint if it writes any, and is raised here then."
+    env, pipe = os.environ | {"PYTHONIOENCODING": "utf-8"} | (env or {}), dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    child, stopped = subprocess.Popen(command, env=env, start_new_session=True, **pipe), False
+    try:
+        while child.poll() is None:
+            try:
+                for line in child.stdout: say(line.rstrip("\n"))
+                child.wait()
+            except KeyboardInterrupt:
+                stopped = True
+                say("stopping the processes")
+                os.kill(child.pid, signal.SIGINT)  # torchrun tells its processes
+    finally:
+        if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
+    if stopped: raise KeyboardInterrupt
+    return child.returncode
 
 # %% ../nbs/91_launching.ipynb #d45544f3
 def launch(
@@ -49,7 +56,7 @@ def launch(
         else: file = str(run)
         settings = read_settings(TRAIN, file)  # what is wrong with them is said at once, and once
         if not settings["groups"]: raise InputError("no groups", file, "'groups:'")
-        code = follow(torchrun(num_processes, ["train", file]), {"OMP_NUM_THREADS": str(threads)})
+        patient = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds for a step and its checkpoint, once asked to stop
+        code = follow(torchrun(num_processes, ["train", file]), patient | {"OMP_NUM_THREADS": str(threads)})
     if code == 0: return Path(settings["output"])
-    if code in (130, 143): raise KeyboardInterrupt
     raise RuntimeError(f"the processes ended with code {code}: what they said stands above")

@@ -271,7 +271,8 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     if groups > 1: key, value = (o.repeat_interleave(groups, dim=1) for o in (key, value))
     options = dict(dropout=dropout, scale=scaling, causal=causal, window=sliding_window)
     if cu_seq_lens_q is None: return attend(query, key, value, **options).transpose(1, 2).contiguous(), None
-    way = attention_kernel(query.device, query.dtype, causal, sliding_window)
+    if query.is_cuda and torch.is_autocast_enabled("cuda"): query, key, value = (o.to(torch.get_autocast_dtype("cuda")) for o in (query, key, value))  # rotated queries come in float32
+    way = attention_kernel(query.device, query.dtype, causal, sliding_window, query.shape[-1])
     return KERNELS[way](query, key, value, cu_seq_lens_q, kwargs.get("max_length_q"), options), None
 
 
@@ -280,11 +281,12 @@ def attention_kernel(
     dtype, # of queries and keys
     causal=False, # may a token look only back?
     window=None, # how far a token looks
+    size=64, # numbers in a head
 ) -> str: # "varlen", "jagged" or "runs"
     "How a pack is attended to: by the variable-length kernel, as a nested tensor, or run by run."
     if device.type != "cuda": return "runs"
     half = dtype in (torch.float16, torch.bfloat16)
-    if half and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
+    if half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
     return "runs" if causal or window is not None else "jagged"
 
 # %% ../nbs/20_tokens.ipynb #234c184c

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT', 'DTYPES', 'Panel', 'add_line', 'History',
            'Skipping', 'NotANumber', 'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator',
-           'first', 'Epochs', 'Trainer', 'teacher_span', 'default_loss', 'food', 'remarks', 'vectors_for',
-           'check_datasets', 'learning_rates', 'whole_numbers', 'freeze_unused', 'used_memory', 'attention_dropout',
-           'pairs_in']
+           'first', 'Averaging', 'Epochs', 'guarded', 'together', 'Trainer', 'teacher_span', 'default_loss', 'food',
+           'remarks', 'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers', 'freeze_unused',
+           'where_to_resume', 'used_memory', 'attention_dropout', 'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
 import json, time
@@ -23,10 +23,10 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from .arguments import precision_in, RECIPE_NAMES, TrainingArguments
 from .batching import batch_labels, counts, index_groups, sampler_of, shortages, source_of
-from .checkpoints import is_lack_of_disk, keep_newest, last_checkpoint, put, seal, Stopping, sweep, WRITING
+from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint, put, seal, set_aside, Stopping, sweep, WRITING
 from .core import InputError, write_json
 from .display import Progress, say, Table
-from .encoder import check_layout, layout_of, load_encoder, prepare
+from .encoder import check_layout, layout_of, load_encoder, prepare, tokens_in
 from .evaluation import evaluate
 from .losses import InfoNCE, KL
 from .objectives import losses_in, Objective, PerDataset, temperatures_of
@@ -80,9 +80,11 @@ def add_line(
     path, # a file; it need not be there
     row:dict, # numbers and texts
 ):
-    "Write one line of JSON at the end of a file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
+    "Write one line of JSON at the end of a file, where the disk lets us."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
+    except OSError as error: say(f"a line of {path.name} could not be written: {error}")
 
 # %% ../nbs/62_training.ipynb #cc32f5f1
 class History(list):
@@ -196,6 +198,16 @@ def first(
     return items[0]
 
 
+class Averaging(TrainerCallback):
+    "Where each process has a loss of its own, parameters of the objective get the mean of their gradients, as the model's do."
+    def __init__(self, parameters): self.parameters = parameters
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for o in self.parameters:
+            if o.grad is None: o.grad = torch.zeros_like(o)
+            torch.distributed.all_reduce(o.grad)
+            o.grad /= args.world_size
+
+
 class Epochs(TrainerCallback):
     "Tells a sampler which epoch begins. The data loader would, but not where several processes go on within an epoch: there it hides the sampler too deep."
     sampler = None
@@ -235,7 +247,8 @@ class _Learning(_Feeding):
         if num_items_in_batch: label["total"] = int(num_items_in_batch)
         loss = super().compute_loss(model, inputs, return_outputs)
         value = loss[0] if return_outputs else loss
-        if not torch.isfinite(value):
+        alone = self.args.world_size > 1 and not self.args.negatives_cross_device  # each process has a loss of its own, and all have to know
+        if together(int(not torch.isfinite(value)), self.args) if alone else not torch.isfinite(value):
             self.skipping.why = f"the loss is {value.item()}, {self._without_numbers(inputs)}"
             if not self.args.fp16: raise NotANumber(self.skipping.why)
         return loss
@@ -281,6 +294,27 @@ class _Logging(_Learning):
 OBJECTIVE, PLAN = "objective.safetensors", "plan.json"
 
 
+def guarded(
+    write, # a function
+): # the error, where the disk is to blame; any other is raised
+    "Call a function that writes."
+    try: write()
+    except Exception as error:
+        if not is_lack_of_disk(error): raise
+        return error
+
+
+def together(
+    number, # a whole number of this process
+    args, # `TrainingArguments`
+) -> int:
+    "The largest number that any process has."
+    if args.world_size == 1: return number
+    found = torch.tensor(number, device=args.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
 class _Keeping(_Logging):
     "What is kept: checkpoints that are whole, with the objective's parameters beside the model's."
     def _save(self, output_dir=None, state_dict=None):
@@ -289,46 +323,43 @@ class _Keeping(_Logging):
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
 
-    writing = None # where a checkpoint is just being written
+    writing, best = None, (None, None) # where a checkpoint is just being written; metric and step of the best that was kept
 
     def _get_output_dir(self, trial=None): return self.writing or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
         "Beside its place, sealed, then put there; where the disk does not let it, training goes on."
-        folder, name, error = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}", None
-        self.writing = str(folder/WRITING)
-        try: super()._save_checkpoint(model, trial)
-        except Exception as found:
-            if not is_lack_of_disk(found): raise
-            error = found
-        finally: self.writing = None
-        if self._together(int(error is not None)):
-            say(f"the checkpoint of step {self.state.global_step} could not be written{f' ({str(error).strip()[:200]})' if error else ''}: training goes on, and the one before is still there")
-        elif self.is_world_process_zero(): self._put_checkpoint(folder, name)
-        self.accelerator.wait_for_everyone()
+        s, folder, name = self.state, Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        best, s.best_global_step, self.writing = s.best_global_step, None, str(folder/WRITING)  # transformers would look for the best one where this one is written, and wait for others there
+        error = guarded(lambda: super(_Keeping, self)._save_checkpoint(model, trial))
+        self.writing, s.best_global_step, failed = None, best, self._together(int(error is not None))
+        before = s.best_model_checkpoint
+        if best and (best == s.global_step or (folder/f"checkpoint-{best}").exists()): s.best_model_checkpoint = str(folder/f"checkpoint-{best}")
+        if not failed and self.is_world_process_zero(): error = guarded(lambda: self._put_checkpoint(folder, name))
+        if self._together(int(failed or error is not None)):
+            say(f"the checkpoint of step {s.global_step} could not be written{f' ({str(error).strip()[:200]})' if error else ''}: training goes on, and the one before is still there")
+            s.best_metric, s.best_global_step, s.best_model_checkpoint = *self.best, before
+        else: self.best = s.best_metric, s.best_global_step
         if self.is_world_process_zero(): sweep(folder)
 
     def _put_checkpoint(self, folder, name):
         "Seal what was written, give it its name, and remove what is too old."
-        best = folder/f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best.name == name or best.exists()): self.state.best_model_checkpoint = str(best)
-        self.state.save_to_json(str(folder/WRITING/name/"trainer_state.json"))  # with the place where it will be
+        self.state.save_to_json(str(folder/WRITING/name/"trainer_state.json"))  # with the place of the best
         seal(folder/WRITING/name)
         put(folder/WRITING/name, folder/name)
         keep_newest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _together(self, number):
-        "The largest number that any process has."
-        if self.args.world_size == 1: return number
-        found = torch.tensor(number, device=self.args.device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return int(found)
+    def _together(self, number): return together(number, self.args)
+
+    def take_plan(self, checkpoint):
+        "What was decided when a run began, where no argument says otherwise."
+        a, there = self.args, json_or_nothing(Path(checkpoint)/PLAN)
+        if a.forward == "auto" and there.get("forward", self.source.layout.name) != self.source.layout.name: self.source.layout = prepare(self.model, there["forward"])
+        if a.tokens_per_forward is None: self.source.budget = there.get("tokens_per_forward", self.source.budget)
+        if not a.cache_gradients: self.loss.cached = there.get("cache_gradients", self.loss.cached)
 
     def _load_from_checkpoint(self, checkpoint_path):
         super()._load_from_checkpoint(checkpoint_path)
-        there = json_or_nothing(Path(checkpoint_path)/PLAN)
-        if there.get("forward", self.source.layout.name) != self.source.layout.name: self.source.layout = prepare(self.model, there["forward"])
-        self.source.budget, self.loss.cached = there.get("tokens_per_forward", self.source.budget), there.get("cache_gradients", self.loss.cached)
         own, path = self.loss.objective.state_dict(), Path(checkpoint_path)/OBJECTIVE
         if not own: return
         there = load_file(path) if path.exists() else {}
@@ -377,13 +408,18 @@ class _Running(_Enduring):
     "How it is run: checked, announced, resumed."
     def train(self, resume=False, **kwargs):
         "Train; `resume=True` goes on where the last run in this folder stopped, if there was one."
-        if resume: kwargs["resume_from_checkpoint"] = last_checkpoint(self.args.output_dir)
-        a, asked, fresh = self.args, self.args.eval_on_start, not kwargs.get("resume_from_checkpoint")
-        a.eval_on_start = asked or fresh and self.evaluator is not None and a.eval_strategy != "no"  # the baseline
-        measured = choose_layout(self.model, self.source, a) if fresh else ""
-        check_layout(self.model)
+        a, asked = self.args, self.args.eval_on_start
+        place = where_to_resume(resume or kwargs.pop("resume_from_checkpoint", None) or a.resume_from_checkpoint, a.output_dir)
+        a.eval_on_start = asked or not place and self.evaluator is not None and a.eval_strategy != "no"  # the baseline
+        measured = "" if place else choose_layout(self.model, self.source, a)
+        if place: self.take_plan(place)
+        elif measured and together(int(self.source.layout.name == "bucketed"), a): self.source.layout = prepare(self.model, "bucketed")
+        check_layout(self.model, precision=precision_in(a))
         say(self.announcement(measured))
-        if self.is_world_process_zero(): sweep(a.output_dir)
+        if self.is_world_process_zero():
+            sweep(a.output_dir)
+            if not place and (aside := set_aside(a.output_dir)): say(f"checkpoints of an earlier run are now in {aside}")
+        if place: kwargs["resume_from_checkpoint"] = place
         try: found = super().train(**kwargs)
         finally:
             self.bar.close()
@@ -438,21 +474,24 @@ class Trainer(_Running):
         if isinstance(objective, PerDataset): check_datasets(objective, index.names, args)
         args.learning_rate_mapping = learning_rates(objective, args.learning_rate_mapping)
         vectors = vectors_for(objective, index, {"teacher": teachers, "guide": guide})
+        if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         whole_numbers(model)
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
-        self.source.budget, args.gradient_checkpointing = self.plan.tokens_per_forward, self.plan.gradient_checkpointing
-        if args.world_size > 1: freeze_unused(model, self.source, args)
+        self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
+        cached = bool(together(int(self.plan.cache_gradients), args))  # as the most careful process has it
+        freeze_unused(model, self.source, args)
         self.facts, self.skipping, self.last_loss = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
         self.texts, self.logged, self.parts = (index.queries, index.documents), None, {}
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
-        super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective, self.plan.cache_gradients, args.negatives_cross_device), evaluator=evaluator,
+        super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective, cached, args.negatives_cross_device), evaluator=evaluator,
                          data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts)
         self.stopping, self.epochs = Stopping(self._together), Epochs()
-        for callback in (self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
+        alone = [Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []
+        for callback in (*alone, self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(
@@ -557,11 +596,25 @@ def freeze_unused(
     source, # the `Source` of its batches
     args, # `TrainingArguments`; they are changed
 ):
-    "Let processes exchange gradients without looking for parameters that have none: those are frozen."
-    if args.ddp_find_unused_parameters is not None or source.layout.name == "text": return  # parts of such a model may be for one role only
+    "Freeze what gets no gradient, so that processes exchange gradients without looking for it; for one process, too: a run may go on with another number of them."
+    if args.ddp_find_unused_parameters or source.layout.name == "text": return  # parts of such a model may be for one role only
     [key] = next(iter(sampler_of(source, args)))
-    for o in unused_parameters(model, source[key]["packs"][0]).values(): o.requires_grad_(False)
+    for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in)).values(): o.requires_grad_(False)
     args.ddp_find_unused_parameters = False
+
+
+def where_to_resume(
+    resume, # True, a checkpoint, or nothing
+    folder, # an output folder
+) -> str|None: # a checkpoint
+    "The checkpoint that a run goes on from."
+    if not resume: return None
+    if resume is not True:
+        if not is_whole(resume): raise InputError("not a whole checkpoint", str(resume), "a checkpoint-N folder with its seal, or resume=True for the newest")
+        return str(resume)
+    found = last_checkpoint(folder)
+    if found is None and any(Path(folder).glob("checkpoint-*")): say(f"none of the checkpoints in {folder} is whole: starting anew")
+    return found
 
 
 def used_memory(

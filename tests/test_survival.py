@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from nixietune.checkpoints import checkpoints_in, is_whole, last_checkpoint
+from nixietune.core import InputError
 from nixietune.losses import CoSENT, InfoNCE
 from nixietune.objectives import Objective
 from nixietune.testing import tiny_model, toy_groups
@@ -73,25 +74,25 @@ def quiet_run(folder, epochs):
 def uninterrupted(tmp_path_factory):
     "The weights of a run that nothing happens to."
     folder = tmp_path_factory.mktemp("whole")
-    os.environ["NIXIETUNE_CACHE"] = str(folder / "cache")
-    return finish(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIXIETUNE_CACHE", str(folder / "cache"))
+        return finish(folder / "run")
 
 
 def test_killed_at_any_moment(tmp_path):
     "kill -9, twenty times, while it computes or writes: whatever bears the name of a checkpoint is whole, and the end is the same bit for bit."
-    start, epochs = time.monotonic(), 10
+    epochs, rng, run, reached = 10, random.Random(0), tmp_path / "run", [0]
     expected = finish(tmp_path / "whole", epochs)
-    seconds = time.monotonic() - start
-    rng, run, reached = random.Random(0), tmp_path / "run", [0]
-    for _ in range(20):
+    for n in range(20):
         child = forked(quiet_run, run, epochs)
-        child.join(rng.uniform(0.05, 0.25) * seconds)
+        begun, log, seen = time.monotonic(), run / "log.jsonl", (run / "log.jsonl").stat().st_size if n else 0
+        while child.is_alive() and time.monotonic() - begun < 60 and not (log.exists() and log.stat().st_size > seen): time.sleep(0.01)  # until it takes steps
+        child.join(rng.uniform(0.0, 0.6))
         child.kill()
         child.join()
         newest = last_checkpoint(run)
         if newest: reached.append(int(newest.rsplit("-", 1)[1]))
-        broken = [o for o in run.glob("checkpoint-*") if not is_whole(o)]
-        assert not [o for o in broken if int(o.name[11:]) > reached[-1]]  # older ones may have been on their way out
+        assert all(map(is_whole, run.glob("checkpoint-*")))
     assert reached == sorted(reached) and len({*reached}) > 3
     assert torch.equal(finish(run, epochs), expected)
     assert len(checkpoints_in(run)) <= 2 and not [o for o in run.iterdir() if o.name.startswith(".")]
@@ -103,22 +104,57 @@ def test_asked_to_stop(tmp_path, uninterrupted, capsys, number, code):
     run = tmp_path / "run"
     with pytest.raises(SystemExit if code else KeyboardInterrupt) as left: trainer_in(run, [At(5, lambda: os.kill(os.getpid(), number))]).train()
     if code: assert left.value.code == code
+    assert Path(last_checkpoint(run)).name == "checkpoint-5"
     assert "train(resume=True) goes on" in capsys.readouterr().out
-    assert Path(last_checkpoint(run)).name in ("checkpoint-5", "checkpoint-6") and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert torch.equal(finish(run), uninterrupted)
+
+
+def test_stopped_within_an_epoch(tmp_path, uninterrupted):
+    "Where checkpoints are for ends of epochs: one is written all the same, once, and the break is not taken for an end."
+    run, more = tmp_path / "run", dict(save_strategy="epoch", save_total_limit=None)
+    with pytest.raises(KeyboardInterrupt): trainer_in(run, [At(5, lambda: os.kill(os.getpid(), signal.SIGINT))], **more).train()
+    assert [o.name for o in checkpoints_in(run)] == ["checkpoint-5"]
+    assert torch.equal(finish(run), uninterrupted)
+
+
+def test_a_second_signal(tmp_path):
+    "SIGTERM may come twice, as from a cluster and from torchrun; a second Ctrl-C stops at once."
+    def both(): os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit): trainer_in(tmp_path / "one", [At(5, both)]).train()
+    assert Path(last_checkpoint(tmp_path / "one")).name == "checkpoint-5"
+    def twice(): os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): trainer_in(tmp_path / "two", [At(5, twice)]).train()
+    assert Path(last_checkpoint(tmp_path / "two")).name == "checkpoint-4"
+
+
+def test_a_new_run_in_an_old_folder(tmp_path, capsys):
+    "Its checkpoints are its own; the old ones are kept elsewhere. A checkpoint may be named; one that is not whole is not taken."
+    run = tmp_path / "run"
+    trainer_in(run, num_train_epochs=2).train()
+    trainer_in(run, num_train_epochs=1).train()
+    assert [o.name for o in checkpoints_in(run)] == ["checkpoint-6", "checkpoint-8"] and [o.name for o in checkpoints_in(run / "earlier-1")] == ["checkpoint-14", "checkpoint-16"]
+    assert "earlier-1" in capsys.readouterr().out
+    more = trainer_in(run, num_train_epochs=2)
+    more.train(str(run / "checkpoint-6"))
+    assert next(iter(more.history.column("loss")))[0] == 1 and more.state.global_step == 16
+    (run / "checkpoint-16" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="not a whole checkpoint"): trainer_in(run).train(str(run / "checkpoint-16"))
 
 
 def test_a_full_disk(tmp_path, uninterrupted, capsys):
     "Files that may not grow: the checkpoint is given up and said so, the one before stays, training goes on."
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n" * 10_000)  # so that its next line does not fit either
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill, free = (lambda most=most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard)) for most in (20_000, soft))
     trainer = trainer_in(tmp_path / "run", [At(5, fill), At(13, free)], save_total_limit=None)
     try: trainer.train()
     finally: free()
     said = capsys.readouterr().out
-    assert said.count("could not be written") == 4 and "step 6" in said and "step 12" in said  # 6, 8, 10 and 12
+    assert said.count("the checkpoint of step") == 4 and "step 6" in said and "step 12" in said  # 6, 8, 10 and 12
     assert [int(o.name[11:]) for o in checkpoints_in(tmp_path / "run")] == [2, 4, 14, 16, 18, 20, 22, 24]
-    assert len([*(tmp_path / "run").glob("checkpoint-*")]) == 8
+    assert len([*(tmp_path / "run").glob("checkpoint-*")]) == 8 and "a line of log.jsonl could not be written" in said
     assert torch.equal(weights(trainer), uninterrupted)
 
 
