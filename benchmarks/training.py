@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -181,7 +182,7 @@ def our_trainer(job, pairs, arguments):
 def trainer_of(job, pairs, folder):
     "The trainer of one way, in a new folder."
     arguments = dict(output_dir=str(Path(tempfile.mkdtemp(dir=folder))/"run"), num_train_epochs=1, per_device_train_batch_size=job["batch_size"], seed=job["seed"], learning_rate=job["rate"],
-        warmup_steps=0, save_strategy="no", report_to="none", logging_steps=1000, bf16=job["precision"] == "bf16", use_cpu=job["device"] == "cpu")
+        warmup_steps=0, save_strategy="no", report_to="none", logging_steps=1000, dataloader_num_workers=0 if job["device"] == "cpu" else 2, bf16=job["precision"] == "bf16", use_cpu=job["device"] == "cpu")
     make = our_trainer if job["way"] in OURS else flag_trainer if job["way"] == "FlagEmbedding" else plain_trainer
     return make(job, pairs, arguments)
 
@@ -251,6 +252,15 @@ def memory(reset=False):
     except OSError: return float("nan")
 
 
+def installed():
+    "Versions in this environment; FlagEmbedding has one of its own."
+    found = {}
+    for name in ("torch", "transformers", "sentence-transformers", "accelerate", "FlagEmbedding"):
+        try: found[name] = version(name)
+        except PackageNotFoundError: pass
+    return found
+
+
 def one_run(job):
     "Warm up, train, and say how it went."
     import torch
@@ -267,7 +277,7 @@ def one_run(job):
         end, peak = clock(), memory()
         lengths, computed = tokens_in(trainer)
         first = first_batch(trainer)
-    return dict(way=job["way"], seconds=end - ready, ready=ready - start, loss=loss, lengths=lengths, computed=computed, first=first, peak=peak, matrix=(before + matrix_rate(job))/2)
+    return dict(way=job["way"], seconds=end - ready, ready=ready - start, loss=loss, lengths=lengths, computed=computed, first=first, peak=peak, matrix=(before + matrix_rate(job))/2, versions=installed())
 
 
 # ---- the rounds
@@ -318,7 +328,7 @@ def wrong_in(runs, dropout):
 
 def command(o):
     "The command that does the same again, without the paths of this machine."
-    usual = vars(arguments().parse_args([o.profile])) | PROFILES[o.profile] | {"json": o.json, "device": o.device}
+    usual = vars(arguments().parse_args([o.profile])) | PROFILES[o.profile] | {"json": o.json, "device": o.device, "threads": 1, "dropout": "model"}
     words = ["python benchmarks/training.py", o.profile]
     for name, value in vars(o).items():
         if value == usual[name]: continue
@@ -347,7 +357,10 @@ def setup(o, folder):
         sys.exit(f"bf16 is not measured here: {here.name} is not fast at it (that takes AVX512-BF16 or AMX, or a GPU since Ampere)")
     if o.tiny:
         for name, value in (TINY | {"model": "tiny"}).items(): setattr(o, name, value)
-    for name, value in PROFILES[o.profile].items():
+    gpu = o.device == "cuda"
+    usual = PROFILES[o.profile] | dict(threads=os.cpu_count() if gpu else 1, dropout="off" if gpu and o.precision == "bf16" else "model")
+    if gpu: usual["pairs"] *= 32
+    for name, value in usual.items():
         if getattr(o, name) is None: setattr(o, name, value)
     o.ways, (pairs, what) = ways_of(o), read_pairs(o)
     rows, order = chosen(pairs, o)
@@ -402,10 +415,10 @@ def arguments():
     p.add_argument("--batch-size", type=int, default=64, help="pairs a batch (%(default)s)")
     p.add_argument("--max-length", type=int, help="tokens a text is cut at (short: 128, mixed and long: 256)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    p.add_argument("--dropout", choices=("model", "off"), default="model", help="the model's own, or none (%(default)s)")
+    p.add_argument("--dropout", choices=("model", "off"), help="the model's own, or none (model; off in bf16 on a GPU, where our kernel would leave a part of it out)")
     p.add_argument("--rate", type=float, default=5e-5, help="learning rate (%(default)s)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="the best there is without it")
-    p.add_argument("--threads", type=int, default=1, help="threads of PyTorch and of the tokenizer (%(default)s)")
+    p.add_argument("--threads", type=int, help="threads of PyTorch and of the tokenizer (1; all cores beside a GPU)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ways", nargs="+", choices=(*PEERS, *OURS), help="what to run (all that can be, but cached)")
     p.add_argument("--flag", help="a Python that has FlagEmbedding")

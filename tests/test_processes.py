@@ -120,6 +120,9 @@ RUNS = {"plain": {}, "a rest": {"groups": 43}, "accumulated": {"gradient_accumul
     "data sets": {"same_dataset_within_batch": True, "groups": 39}}
 
 
+ALONE = {"each alone": {"negatives_cross_device": False}} # no one process does the same; but all end with the same weights
+
+
 class Die(TrainerCallback):
     "Ends the process at a step, as a machine that is taken away does."
     def __init__(self, step): self.step = step
@@ -159,6 +162,9 @@ def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
     done = torchrun(tmp_path, "resume")
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2): assert torch.equal(torch.load(tmp_path / f"killed{rank}.pt")["weights"], torch.load(tmp_path / f"plain{rank}.pt")["weights"])
+    for name in ALONE:
+        one, two = (torch.load(tmp_path / f"{name}{rank}.pt")["weights"] for rank in range(2))
+        assert torch.equal(one, two), name
     for name, options in RUNS.items():
         (one, two), expected = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)), train(tiny_model(), tmp_path, f"{name} alone", 8, **options)
         assert torch.equal(one["weights"], two["weights"]), name
@@ -175,4 +181,4 @@ if __name__ == "__main__":
     if what == "die": train(start, folder, "killed", 4, die_at=7, **keep)
     elif what == "resume": torch.save(train(start, folder, "killed", 4, resume=True, **keep), f"{folder}/killed{rank}.pt")
     else:
-        for name, options in RUNS.items(): torch.save(train(start, folder, name, 4, **options), f"{folder}/{name}{rank}.pt")
+        for name, options in (RUNS | ALONE).items(): torch.save(train(start, folder, name, 4, **options), f"{folder}/{name}{rank}.pt")
