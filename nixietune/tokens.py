@@ -8,6 +8,7 @@ __all__ = ['KERNELS', 'Arrays', 'save_arrays', 'TokenStore', 'tokenizer_key', 'l
 
 # %% ../nbs/20_tokens.ipynb #451054d6
 import json
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 import numpy as np
@@ -286,7 +287,7 @@ def attention_kernel(
     "How a pack is attended to: by the variable-length kernel, as a nested tensor, or run by run."
     if device.type != "cuda": return "runs"
     half = dtype in (torch.float16, torch.bfloat16)
-    if half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
+    if half and find_spec("torch.nn.attention.varlen") and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
     return "runs" if causal or window is not None else "jagged"
 
 # %% ../nbs/20_tokens.ipynb #234c184c

@@ -414,7 +414,7 @@ class _Running(_Enduring):
         measured = "" if place else choose_layout(self.model, self.source, a)
         if place: self.take_plan(place)
         elif measured and together(int(self.source.layout.name == "bucketed"), a): self.source.layout = prepare(self.model, "bucketed")
-        check_layout(self.model, precision=precision_in(a))
+        for precision in {"fp32", precision_in(a)}: check_layout(self.model, precision=precision)  # other kernels, other errors
         say(self.announcement(measured))
         if self.is_world_process_zero():
             sweep(a.output_dir)

@@ -131,8 +131,8 @@ def test_the_check_sees_mixed_texts(monkeypatch):
     model = tiny("bert")
     prepare(model, "packed")
     assert check_layout(model) < 1e-5
-    forgetful = lambda q, k, v, borders, options: attend(q, k, v, **options).transpose(1, 2)
-    monkeypatch.setattr(tokens, "_attend_runs", forgetful)
+    forgetful = lambda q, k, v, borders, longest, options: attend(q, k, v, **options).transpose(1, 2)
+    monkeypatch.setitem(tokens.KERNELS, "runs", forgetful)
     with pytest.raises(RuntimeError, match="bert: packed vectors differ"): check_layout(model)
 
 
