@@ -262,7 +262,7 @@ def test_out_of_memory_with_nothing_left_to_divide(make, monkeypatch):
     trainer = make(tiny_model(), num_train_epochs=1, tokens_per_forward=100)
     def never(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(trainer.model[0].auto_model, "forward", never)
-    monkeypatch.setattr("nixietune.training.check_layout", lambda model: None)
+    monkeypatch.setattr("nixietune.training.check_layout", lambda model, precision: None)
     with pytest.raises(InputError, match="a smaller batch, shorter texts, or a smaller model"): trainer.train()
 
 
