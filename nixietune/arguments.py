@@ -79,8 +79,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         check_folder(self.output_dir)
         refuse(self)
         for name, limit in RANGES.items(): check_range(name, getattr(self, name), where="TrainingArguments", **limit)
-        if self.precision not in ("auto", "fp32", "fp16", "bf16"):
-            raise InputError(f"precision={self.precision!r}", "TrainingArguments", "'auto', 'fp32', 'fp16' or 'bf16'")
+        if self.precision not in ("auto", "fp32", "fp16", "bf16"): raise InputError(f"precision={self.precision!r}", "TrainingArguments", "'auto', 'fp32', 'fp16' or 'bf16'")
         here = runtime()
         if self.precision == "auto" and not (self.fp16 or self.bf16): self.precision = here.precision
         if here.device == "cpu": self.use_cpu = True  # or transformers refuses bf16 without a GPU
@@ -89,13 +88,13 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         super().__post_init__()
         self.dataloader_drop_last = self.drop_rest
         one_device(self)
-        if here.device == "cuda": self.accelerator_config.non_blocking = self.dataloader_pin_memory  # batches travel to the GPU while it computes
 
 # %% ../nbs/59_arguments.ipynb #9be05709
 def one_device(
     args, # `TrainingArguments`; they are changed
 ):
-    "One GPU for one process."
+    "One GPU for one process; batches travel to it while it computes."
+    if args.device.type == "cuda": args.accelerator_config.non_blocking = args.dataloader_pin_memory
     if args.n_gpu < 2: return
     say(f"one of {args.n_gpu} GPUs is used: nt.launch(run, num_processes={args.n_gpu}) or torchrun uses all")
     args._n_gpu = 1

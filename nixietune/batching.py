@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Numbering', 'Index', 'index_groups', 'prompts_by_role', 'document_prompts', 'BatchKey', 'KeySampler', 'in_turn',
-           'alike', 'draw', 'counts', 'shortages', 'reordered', 'chosen_order', 'batch_labels', 'Source', 'source_of',
-           'datasets_in', 'costs_of', 'sampler_of']
+           'left_out', 'alike', 'draw', 'counts', 'shortages', 'reordered', 'chosen_order', 'batch_labels', 'Source',
+           'source_of', 'datasets_in', 'costs_of', 'sampler_of']
 
 # %% ../nbs/60_batching.ipynb #fa014613
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ class BatchKey:
     seed: int
     dataset: str = "" # where all its groups are from, if they are from one data set
 
-
+# %% ../nbs/60_batching.ipynb #2bb76ed4
 class KeySampler:
     "Yields one key a batch; what a data loader calls a batch sampler. A pure function of seed and epoch."
     drop_last = False
@@ -171,24 +171,12 @@ class KeySampler:
     def _turns(self, rng):
         "Batches of an epoch; those that several processes read at a time are one list."
         def passes(part):
-            while True: yield from self._pass(part[1], part[2], rng)
+            while True: yield from _batches(self, part[1], part[2], rng)
         wanted = in_turn(self._pieces(), [len(rows) for _, rows, _ in self.parts], self.mix, rng)
         readers = [passes(part) for part in self.parts]
         for i in wanted: yield [(self.parts[i][0], rows) for rows in next(readers[i])]
 
-    def left_out(self) -> int:
-        "How many groups an epoch does not read."
-        return sum(len(rows) - pieces*size*self.ranks for (_, rows, size), pieces in zip(self.parts, self._pieces())) if self.drop_rest else 0
-
-    def _pass(self, rows, size, rng):
-        "All groups of a data set once, in batches."
-        if self.order != "sequential": rows = rng.permutation(rows)
-        if self.drop_rest and self.costs is None: rows = rows[:_pieces(len(rows), size, self.ranks, True)*size*self.ranks]
-        if self.order == "group_by_length": rows = alike(rows, self.lengths, size*self.ranks)
-        batches = list(_cut(rows, size, self.ranks, self.costs))
-        return batches if self.order != "group_by_length" else [batches[i] for i in rng.permutation(len(batches))]
-
-# %% ../nbs/60_batching.ipynb #2bb76ed4
+# %% ../nbs/60_batching.ipynb #15b3ec86
 def in_turn(
     batches, # of each data set
     groups, # of each data set
@@ -204,6 +192,22 @@ def in_turn(
     counts = np.floor(exact).astype(int)
     for i in np.argsort(counts - exact, kind="stable")[:sum(batches) - counts.sum()]: counts[i] += 1
     return rng.permutation(np.repeat(np.arange(len(batches)), counts))
+
+# %% ../nbs/60_batching.ipynb #63410da4
+def left_out(
+    sampler, # a `KeySampler`
+) -> int:
+    "How many groups an epoch does not read."
+    return sum(len(rows) - pieces*size*sampler.ranks for (_, rows, size), pieces in zip(sampler.parts, sampler._pieces())) if sampler.drop_rest else 0
+
+
+def _batches(sampler, rows, size, rng):
+    "All groups of a data set once, in batches."
+    if sampler.order != "sequential": rows = rng.permutation(rows)
+    if sampler.drop_rest and sampler.costs is None: rows = rows[:_pieces(len(rows), size, sampler.ranks, True)*size*sampler.ranks]
+    if sampler.order == "group_by_length": rows = alike(rows, sampler.lengths, size*sampler.ranks)
+    batches = list(_cut(rows, size, sampler.ranks, sampler.costs))
+    return batches if sampler.order != "group_by_length" else [batches[i] for i in rng.permutation(len(batches))]
 
 
 def alike(

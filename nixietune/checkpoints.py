@@ -99,7 +99,7 @@ def keep_newest(
     for o in whole:
         if o not in stay: remove(o)
 
-
+# %% ../nbs/56_checkpoints.ipynb #399dab64
 def set_aside(
     folder, # an output folder
 ) -> str: # where they are now; "" where there were none
@@ -151,7 +151,8 @@ class Stopping(TrainerCallback):
         for number, handler in self.before.items(): signal.signal(number, handler)
         self.before = {}
 
-    def leave(self):
+    def leave(self, words=""):
         "End as was asked."
+        if self.asked: say(words)
         if self.asked == signal.SIGINT: raise KeyboardInterrupt
         if self.asked: raise SystemExit(128 + self.asked)

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from .arguments import precision_in, RECIPE_NAMES, TrainingArguments
-from .batching import batch_labels, counts, index_groups, sampler_of, shortages, source_of
+from .batching import batch_labels, counts, index_groups, left_out, sampler_of, shortages, source_of
 from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint, put, seal, set_aside, Stopping, sweep, WRITING
 from .core import InputError, write_json
 from .display import Progress, say, Table
@@ -219,7 +219,7 @@ class _Feeding(SentenceTransformerTrainer):
     def get_train_dataloader(self):
         "Batches built from keys."
         args, sampler = self.args, sampler_of(self.source, self.args, self.args.world_size)
-        if left := sampler.left_out(): say(f"dataloader_drop_last: {left:,} of {len(self.source):,} groups are left out of each epoch, others each time")
+        if left := left_out(sampler): say(f"dataloader_drop_last: {left:,} of {len(self.source):,} groups are left out of each epoch, others each time")
         workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
                        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
                        prefetch_factor=args.dataloader_prefetch_factor, multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order,
@@ -314,7 +314,7 @@ def together(
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return int(found)
 
-
+# %% ../nbs/62_training.ipynb #c9e194f0
 class _Keeping(_Logging):
     "What is kept: checkpoints that are whole, with the objective's parameters beside the model's."
     def _save(self, output_dir=None, state_dict=None):
@@ -351,6 +351,9 @@ class _Keeping(_Logging):
 
     def _together(self, number): return together(number, self.args)
 
+# %% ../nbs/62_training.ipynb #b91d427f
+class _Restoring(_Keeping):
+    "What is taken up again."
     def take_plan(self, checkpoint):
         "What was decided when a run began, where no argument says otherwise."
         a, there = self.args, json_or_nothing(Path(checkpoint)/PLAN)
@@ -372,7 +375,7 @@ class _Keeping(_Logging):
         return [name for name in super().get_decay_parameter_names(model) if "temperatures" not in name]
 
 # %% ../nbs/62_training.ipynb #ab1c5e6c
-class _Enduring(_Keeping):
+class _Enduring(_Restoring):
     "What is survived: batches that do not fit, and losses that are no numbers."
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.done = []  # micro-batches of this step
@@ -425,8 +428,7 @@ class _Running(_Enduring):
             self.bar.close()
             self.stopping.restore()
             a.eval_on_start = asked
-        if self.stopping.asked: say(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
-        self.stopping.leave()
+        self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
     @property
@@ -444,8 +446,7 @@ class _Running(_Enduring):
         if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
             lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
         lines += [f"loss: {o}" for o in self.loss.objective.described()]
-        if a.gradient_accumulation_steps > 1:
-            lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
+        if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
 
 # %% ../nbs/62_training.ipynb #d0fa4e0d
@@ -465,15 +466,13 @@ class Trainer(_Running):
         callbacks=None, # transformers callbacks
     ):
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
-        if args.forward != "auto": prepare(model, args.forward)
-        self.recipe = recipe(model)
+        elif args.forward != "auto": prepare(model, args.forward)
+        self.recipe, self.logged, self.parts = recipe(model), None, {}
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
-        also_known = [o for o in (dev, *known) if o is not None]
-        index = index_groups(groups, also_known, model, prompts=args.prompts)
+        index = index_groups(groups, [o for o in (dev, *known) if o is not None], model, prompts=args.prompts)
         objective = loss if isinstance(loss, Objective) else Objective(loss or default_loss(self.recipe.temperature, index.arrays))
         if isinstance(objective, PerDataset): check_datasets(objective, index.names, args)
-        args.learning_rate_mapping = learning_rates(objective, args.learning_rate_mapping)
-        vectors = vectors_for(objective, index, {"teacher": teachers, "guide": guide})
+        args.learning_rate_mapping, vectors = learning_rates(objective, args.learning_rate_mapping), vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         whole_numbers(model)
@@ -482,14 +481,12 @@ class Trainer(_Running):
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         cached = bool(together(int(self.plan.cache_gradients), args))  # as the most careful process has it
         freeze_unused(model, self.source, args)
-        self.facts, self.skipping, self.last_loss = {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
-        self.texts, self.logged, self.parts = (index.queries, index.documents), None, {}
+        self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
-        super().__init__(model=model, args=args, train_dataset=groups, loss=Step(model, objective, cached, args.negatives_cross_device), evaluator=evaluator,
-                         data_collator=first, callbacks=callbacks)
+        step = Step(model, objective, cached, args.negatives_cross_device)
+        super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
-        self.bar = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts)
-        self.stopping, self.epochs = Stopping(self._together), Epochs()
+        self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts), Stopping(self._together), Epochs()
         alone = [Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []
         for callback in (*alone, self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
@@ -602,7 +599,7 @@ def freeze_unused(
     for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in)).values(): o.requires_grad_(False)
     args.ddp_find_unused_parameters = False
 
-
+# %% ../nbs/62_training.ipynb #ddaa7097
 def where_to_resume(
     resume, # True, a checkpoint, or nothing
     folder, # an output folder

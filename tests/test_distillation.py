@@ -19,6 +19,7 @@ from nixietune.objectives import Matryoshka, Objective
 from nixietune.relation import example_batch
 from nixietune.teachers import Beside, load_vectors, teacher_vectors
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
+from nixietune.checkpoints import seal
 from nixietune.training import OBJECTIVE, Trainer, TrainingArguments
 
 torch.set_num_threads(1)
@@ -197,6 +198,7 @@ def test_the_objective_is_resumed(tmp_path, loss):
     again = run(tmp_path / "whole", tiny_model(hidden_dropout_prob=0.1), loss(), groups, vectors, resume=True, save_strategy="steps", save_steps=2)
     assert torch.equal(weights(whole), weights(again))
     (tmp_path / "whole" / "checkpoint-4" / OBJECTIVE).unlink()
+    seal(tmp_path / "whole" / "checkpoint-4")
     for checkpoint in (tmp_path / "whole").glob("checkpoint-[5-9]"): shutil.rmtree(checkpoint)
     with pytest.raises(InputError, match="not the parameters of this objective"):
         run(tmp_path / "whole", tiny_model(hidden_dropout_prob=0.1), loss(), groups, vectors, resume=True, save_strategy="steps", save_steps=2)
