@@ -16,7 +16,7 @@ from .arguments import precision_in
 from .batching import index_groups, sampler_of, source_of
 from .core import runtime
 from .display import Table
-from .encoder import layout_of, prepare, to_device, tokens_in
+from .encoder import autocast, layout_of, prepare, to_device, tokens_in
 
 # %% ../nbs/61_plan.ipynb #f2775113
 def kept_bytes(
@@ -42,8 +42,7 @@ def kept_bytes(
 @contextmanager
 def _trial(model, precision):
     "A forward in some precision that leaves dropout's random numbers where they are."
-    dtype, kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), model.device.type
-    with torch.random.fork_rng(devices=[model.device] if kind == "cuda" else []), torch.autocast(kind, dtype=dtype, enabled=dtype is not None): yield
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), autocast(model, precision): yield
 
 # %% ../nbs/61_plan.ipynb #ad0ac355
 def unused_parameters(

@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch): monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_
 
 
 def vectors_and_gradient(model, layout, precision):
-    "Of some texts, in training mode, with dropout off."
+    "Of some texts, with dropout off."
     prepare(model, layout)
     kind, dtype = model.device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     store = tokenize(model, TEXTS, keep=False)
