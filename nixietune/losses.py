@@ -178,6 +178,7 @@ def _all_directions(loss, blocks, logits, negatives, relation, judge, limit):
     kind, (q, d), n = relation.kind, relation.positives, torch.arange(len(relation.kind), device=logits.device)
     own = slice(None) if torch.equal(q, n) else q  # one positive each: nothing is copied
     strangers = ((kind == NEG) | (kind == OWN))[:, d].T  # queries that the document does not answer
+    if relation.alone is not None: strangers = strangers & ~relation.alone[q][:, None]
     masks = {"query_to_doc": lambda: negatives[own], "query_to_query": lambda: strangers & (n != q[:, None]), "doc_to_query": lambda: strangers, "doc_to_doc": lambda: kind[own] == NEG}
     right, parts = logits[q, d], {}
     for name in loss.directions:

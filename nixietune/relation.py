@@ -25,8 +25,9 @@ class Relation:
         exceptions=None, # instead of `kind`: (rows, columns, kind) of all that are not NEG, each once
         edges=None, # instead of the others: (rows, columns, score, teacher) of each query's own documents
         shape=None, # with these: (B, K)
+        alone=None, # bool[B] which queries have nothing to do with the other queries' documents; none without it
     ):
-        self.cols, self.edges, self.shape = cols, edges, tuple(shape or kind.shape)
+        self.cols, self.edges, self.shape, self.alone = cols, edges, tuple(shape or kind.shape), alone
         given = dict(kind=kind, score=score, teacher=teacher, own=own, exceptions=exceptions)
         for name, value in given.items():
             if value is not None: setattr(self, name, value)
@@ -70,7 +71,7 @@ def places_of(
 
 # %% ../nbs/50_relation.ipynb #867df3e8
 def relate(
-    batch, # a dict with q_id [B], d_id [D], edges [2, E], kind [E], score [E], teacher [E], known [2, n]
+    batch, # a dict with q_id [B], d_id [D], edges [2, E], kind [E], score [E], teacher [E], known [2, n]; alone bool[B], if any
     view="all", # "all" documents of the batch, or each query's "own"
 ) -> Relation:
     "Turn the exceptions of a batch into the relation of one view."
@@ -81,8 +82,10 @@ def relate(
     edges = (rows, cols, batch["score"], batch["teacher"])
     if view == "own": return _own(*edges, kind, shape[0])
     exceptions = rows, cols, kind
+    alone = batch.get("alone")
+    if alone is not None and alone.any(): more = torch.cat([more, _others(alone, rows*shape[1] + cols, shape[1])]).unique()
     if len(more): exceptions = [torch.cat(o) for o in zip(exceptions, (more // shape[1], more % shape[1], torch.full_like(more, SKIP, dtype=kind.dtype)))]
-    return Relation(exceptions=exceptions, edges=edges, shape=shape)
+    return Relation(exceptions=exceptions, edges=edges, shape=shape, alone=alone)
 
 
 def _known_here(batch, width):
@@ -91,6 +94,12 @@ def _known_here(batch, width):
     place, there = places_of(batch["known"][1], batch["d_id"])
     known = batch["known"][0][there]*width + place[there]
     return known, known[~torch.isin(known, batch["edges"][0]*width + batch["edges"][1])]
+
+
+def _others(alone, own, width):
+    "What the queries that are `alone` leave out, as row*width + column: all but their own documents."
+    everything = (alone.nonzero()*width + torch.arange(width, device=alone.device)).flatten()
+    return everything[~torch.isin(everything, own)]
 
 # %% ../nbs/50_relation.ipynb #d20fc250
 def slots(

@@ -64,7 +64,7 @@ def union(
     first = torch.full_like(d_id, len(place)).scatter_reduce(0, place, torch.arange(len(place), device=place.device), "amin")
     edges = [torch.stack([o["edges"][0] + i, place[o["edges"][1] + j]]) for o, i, j in zip(parts, queries, documents)]
     known = [torch.stack([o["known"][0] + i, o["known"][1]]) for o, i in zip(parts, queries)]
-    whole = {name: torch.cat([o[name] for o in parts]) for name in ("q_id", "kind", "score", "teacher")}
+    whole = {name: torch.cat([o[name] for o in parts]) for name in ("q_id", "kind", "score", "teacher", "alone") if name in parts[0]}
     whole |= {"d_id": d_id, "edges": torch.cat(edges, 1), "known": torch.cat(known, 1)}
     if "vectors" in parts[0]:
         def both(name): return [o["vectors"][name].split([len(o["q_id"]), len(o["d_id"])]) for o in parts]
@@ -97,7 +97,8 @@ def gather_batch(
     labels, # its labels
 ) -> tuple: # (q, d, labels) of all processes together
     "The batch of all processes."
-    flat = {name: labels[name].T if name in ("edges", "known") else labels[name] for name in ("q_id", "d_id", "edges", "kind", "score", "teacher", "known")}
+    names = [o for o in ("q_id", "d_id", "edges", "kind", "score", "teacher", "known", "alone") if o in labels]
+    flat = {name: labels[name].T if name in ("edges", "known") else labels[name] for name in names}
     found = {name: gathered(o.contiguous()) for name, o in flat.items()}
     parts = [{name: o[i].T if name in ("edges", "known") else o[i] for name, o in found.items()} for i in range(dist.get_world_size())]
     for name, o in labels.get("vectors", {}).items():

@@ -197,3 +197,35 @@ def test_a_rest_that_is_dropped_is_counted(tmp_path, capsys):
     trainer = train(tmp_path, InfoNCE(0.1), several().select(range(57)), dataloader_drop_last=True)
     assert trainer.state.global_step == 10 and "7 of 57 groups are left out of each epoch" in capsys.readouterr().out
     with pytest.raises(InputError, match="less than one batch of 10"): train(tmp_path, InfoNCE(0.1), several().select(range(9)), dataloader_drop_last=True)
+
+
+def test_task_types_among_others(capsys):
+    "In one batch: a query that looks at its own documents, one that has one negative, and sentences that are read as queries."
+    rows = [{"query": "q0", "pos": ["p0"], "neg": ["a", "b", "c"], "type": "no_in_batch_neg"}, {"query": "q1", "pos": ["p1"], "neg": ["d", "e"], "type": "only_1neg"},
+            {"query": "q2", "pos": ["p2"], "prompt": "Same? ", "type": "symmetric_sts"}, {"query": "q3", "pos": ["p3"], "type": "no_in_batch_neg sideways"}]
+    index = index_groups(make_groups(rows, "bge"), model=tiny_model())
+    assert "type 'sideways' of 1 groups is unknown" in capsys.readouterr().out
+    assert dict(zip(index.documents, index.prompts))["p2"] == "Same? " and {*index.prompts} == {"", "Same? "}
+    assert any("1 of 4 groups look at their own documents only" in o for o in shortages(index.arrays, 3))
+    assert any("2 of 4 groups have fewer than 3" in o for o in shortages(index.arrays, 3)), "one is all that q1 wants"
+    labels, _, d = batch_labels(index.arrays, BatchKey(0, 0, (0, 1, 2, 3), 0), 1, 7)
+    relation, texts = relate(labels), [index.documents[i] for i in d]
+    assert [texts[i] for i in np.flatnonzero(relation.kind[0] != SKIP)] == ["p0", "a", "b", "c"]
+    assert (relation.kind[1] == OWN).sum() == 1 and (relation.kind[1] == NEG).sum() == len(texts) - 2
+    assert (relation.kind[2] == NEG).sum() == len(texts) - 1
+    assert (relation.kind[3] != SKIP).sum() == 1
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), InfoNCE(0.1, directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")), InfoNCE(0.1, hardness=0.5)])
+def test_a_query_alone(loss):
+    "The others in the batch change neither its term nor its gradient, and it stays none of theirs."
+    labels = {"q_id": torch.arange(3), "d_id": torch.arange(4), "edges": torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]]), "kind": torch.tensor([POS, OWN, POS, POS], dtype=torch.int8),
+              "score": torch.full((4,), float("nan")), "teacher": torch.full((4,), float("nan")), "known": torch.zeros(2, 0, dtype=torch.int64), "alone": torch.tensor([True, False, False])}
+    torch.manual_seed(0)
+    q, d = torch.randn(3, 8), torch.randn(4, 8)
+    terms = Objective(loss)(q, d, labels)["InfoNCE"].value
+    moved = Objective(loss)(torch.cat([q[:1], torch.randn(2, 8)]), torch.cat([d[:2], torch.randn(2, 8)]), labels)["InfoNCE"].value
+    assert terms[0] == pytest.approx(moved[0].item(), abs=1e-6)
+    expected = torch.nn.functional.cross_entropy(torch.nn.functional.cosine_similarity(q[:1], d[:2])[None]/0.1 + getattr(loss, "hardness", 0)*torch.tensor([[0, 1.]])*torch.nn.functional.cosine_similarity(q[:1], d[:2]), torch.tensor([0]))
+    if len(loss.directions) == 1: assert terms[0] == pytest.approx(expected.item(), abs=1e-5)
+    assert (terms[1:] - moved[1:]).abs().min() > 1e-4

@@ -51,6 +51,7 @@ def groups():
     rows[6]["neg"].append(rows[0]["pos"][0])  # somebody else's positive
     rows[7]["pos"].append(rows[1]["pos"][0])  # an answer of two queries
     rows[8]["query"] = rows[2]["query"]  # the same query again: each one's positive is known to the other
+    rows[3]["type"], rows[4]["type"] = "no_in_batch_neg", "only_1neg"
     return make_groups(rows, "bge")
 
 
