@@ -345,7 +345,7 @@ def _from_tokens(source, q, d, labels, places):
     prompts = np.concatenate([queries.prompt_lengths[q], documents.prompt_lengths[d]])
     labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max(initial=0))
     plan = plan_forwards(source.layout, lengths, source.budget, prompts, np.arange(len(rows)) >= n)
-    return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]])) for here in plan]
+    return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]], source.multiple)) for here in plan]
 
 
 def _from_text(source, q, d, labels, places):
@@ -368,8 +368,9 @@ class Source(torch.utils.data.Dataset):
         negatives=None, # own negatives a group, drawn anew each epoch; all without it
         shuffle_ratio=0.0, # chance that a long positive is read in another order
         vectors=None, # name -> `Beside`: vectors of teachers or of a guide that go with the labels
+        multiple=1, # of which padded lengths are
     ):
-        self.shuffle_ratio, self.first, self.vectors, self.names = shuffle_ratio, {}, vectors or {}, list(index.names)
+        self.shuffle_ratio, self.first, self.vectors, self.names, self.multiple = shuffle_ratio, {}, vectors or {}, list(index.names), multiple
         self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
         prompts, queries = zip(*index.queries)
         before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
@@ -410,7 +411,7 @@ def source_of(
 ) -> Source:
     "The batches that a run's arguments ask for."
     negatives = None if args.train_group_size is None else args.train_group_size - 1
-    return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors)
+    return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors, args.pad_to_multiple_of or 1)
 
 # %% ../nbs/60_batching.ipynb #3fb13567
 def datasets_in(

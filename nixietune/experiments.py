@@ -96,6 +96,7 @@ def finetune(
     dropout=None, # chance of dropout while training; the model's own without it
     seed=0, # of everything
     resume=False, # go on where an interrupted run in `output_dir` stopped?
+    callbacks=None, # transformers callbacks
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
@@ -108,7 +109,7 @@ def finetune(
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
     trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing,
-                      teachers=teachers, guide=guide)
+                      teachers=teachers, guide=guide, callbacks=callbacks)
     seconds = {}
     with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing)
     with timed(seconds, "training"): trainer.train(resume)

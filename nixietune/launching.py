@@ -8,9 +8,9 @@ __all__ = ['torchrun', 'follow', 'launch']
 # %% ../nbs/91_launching.ipynb #f9a997bd
 import json, os, signal, subprocess, sys, tempfile
 from pathlib import Path
-from .cli import read_settings, TRAIN
 from .core import check_range, InputError
 from .display import say
+from .settings import read_settings, TRAIN
 
 # %% ../nbs/91_launching.ipynb #105bcfb8
 def torchrun(

@@ -212,9 +212,10 @@ def pad(
     rows, # list of int[L] token ids
     pad_id=0, # what fills the gaps
     side="right", # where the gaps are
+    multiple=1, # round the length up to one of these
 ) -> dict:
     "Pad texts to the longest: `input_ids` and `attention_mask`, int64[n, longest]."
-    longest = max(len(row) for row in rows)
+    longest = -(-max(len(row) for row in rows)//multiple)*multiple
     ids = np.full((len(rows), longest), pad_id, np.int64)
     mask = np.zeros((len(rows), longest), np.int64)
     for i, row in enumerate(rows):
