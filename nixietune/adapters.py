@@ -100,6 +100,7 @@ def _strip(network, merge):
         else: continue
         network.set_submodule(name, plain)
     if getattr(network, "peft_config", None): network.delete_adapter([*network.peft_config])
+    network._hf_peft_config_loaded = False  # transformers sets it before it tries, and leaves it where it fails
 
 
 @contextmanager
