@@ -17,7 +17,7 @@ _NAMES = {
         "texts": "split_groups",
         "samples": "lay_terms docstrings",
         "encoder": "load_encoder encode",
-        "adapters": "add_head",
+        "adapters": "add_head add_lora load_adapter save_adapter merge_adapter save_merged freeze",
         "recipes": "recipe",
         "testing": "tiny_model toy_groups toy_corpus",
         "index": "search",

@@ -289,7 +289,8 @@ def check_layout(
             found, padded = (_unit(model, layout, rows), _unit(model, replace(layout, name="padded"), rows))
     finally: model.train(training)
     error = (found - padded).abs().max().item()
-    if not error <= (tolerance or (1e-4 if precision == "fp32" else 2e-2)):
+    fine = precision == "fp32" and all(o.dtype == torch.float32 for o in model.parameters())  # a frozen base may be in half precision
+    if not error <= (tolerance or (1e-4 if fine else 2e-2)):
         kind = model[0].auto_model.config.model_type
         raise RuntimeError(f"{kind}: {layout.name} vectors differ from padded ones by {error:.2g}; "
                            "load the model with forward='bucketed', and tell us about it")

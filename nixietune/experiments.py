@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
+from .adapters import save_merged
 from .arguments import precision_in, TrainingArguments
 from .comparison import compare, Comparison
-from .core import atomic_path, InputError, runtime, set_seed, versions
-from .display import hushed, say
+from .core import InputError, runtime, set_seed, versions
+from .display import say
 from .encoder import load_encoder, prepare, set_dropout, set_max_length
 from .evaluation import evaluate, Evaluation, relevance
 from .groups import corpus_of
@@ -37,9 +38,8 @@ class Result:
     def save(self,
         path, # a folder
     ) -> Path:
-        "Save the model for plain sentence-transformers, whole or not at all."
-        with atomic_path(path) as temporary, hushed(): self.model.save_pretrained(str(temporary))
-        return Path(path)
+        "Save the model for plain sentence-transformers, whole or not at all; an adapter is merged into it."
+        return save_merged(self.model, path)
 
     @property
     def losses(self): return [(o["step"], o["loss"]) for o in self.history if "loss" in o]

@@ -56,6 +56,9 @@ def learning_rate_for(
         if weights >= least: return Setting(rate, source)
     return Setting(5e-5, "very small models: sentence-transformers' default")
 
+
+_LORA = {"learning_rate": Setting(1e-4, "LoRA, whose weights are few and begin with zeros: FlagEmbedding's manual")}
+
 # %% ../nbs/19_recipes.ipynb #2e9c7366
 _NEUTRAL = {
     "query_prompt": Setting("", "no prompt is known"),
@@ -171,4 +174,5 @@ def recipe(
     family = next((o for o in (family_of(n, config, pooling) for n in names) if o != "neutral"), "neutral")
     own = _STATIC if static else next((o[3] for o in _FAMILIES if o[0] == family), {})
     rate = Setting(2e-5, "base models: FlagEmbedding's manual (the size is not known from a name)") if weights is None else learning_rate_for(weights)
-    return Recipe("static" if static else family, _NEUTRAL | {"learning_rate": rate} | own).override(**given)
+    lora = _LORA if not isinstance(model, (str, Path)) and any(".lora_" in o for o, _ in model.named_parameters()) else {}
+    return Recipe("static" if static else family, _NEUTRAL | {"learning_rate": rate} | own | lora).override(**given)

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
+from .adapters import check_trained, has_adapter, is_adapter, restore_adapter, write_base
 from .arguments import precision_in, RECIPE_NAMES, TrainingArguments
 from .batching import batch_labels, counts, index_groups, left_out, sampler_of, shortages, source_of
 from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint, put, seal, set_aside, Stopping, sweep, WRITING
@@ -319,6 +320,7 @@ class _Keeping(_Logging):
     "What is kept: checkpoints that are whole, with the objective's parameters beside the model's."
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if has_adapter(self.model): write_base(self.model, output_dir or self.args.output_dir)
         write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached})
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
@@ -360,7 +362,8 @@ class _Restoring(_Keeping):
         if not a.cache_gradients: self.loss.cached = there.get("cache_gradients", self.loss.cached)
 
     def _load_from_checkpoint(self, checkpoint_path):
-        super()._load_from_checkpoint(checkpoint_path)
+        if has_adapter(self.model) or is_adapter(checkpoint_path): restore_adapter(self.model, checkpoint_path)  # the base is at hand
+        else: super()._load_from_checkpoint(checkpoint_path)
         own, path = self.loss.objective.state_dict(), Path(checkpoint_path)/OBJECTIVE
         if not own: return
         there = load_file(path) if path.exists() else {}
@@ -473,6 +476,7 @@ class Trainer(_Running):
         args.learning_rate_mapping, vectors = learning_rates(objective, args.learning_rate_mapping), vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
+        check_trained(model)
         whole_numbers(model)
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
@@ -581,8 +585,9 @@ def whole_numbers(
     model, # a SentenceTransformer; it is changed
 ):
     "Trained weights in float32, whatever the checkpoint was: steps of 1e-5 are lost in half precision."
-    half = [o for o in model.parameters() if o.requires_grad and o.dtype in (torch.float16, torch.bfloat16)]
-    if half: say(f"{sum(o.numel() for o in half):,} weights are in float32 while they are trained; they came in {str(half[0].dtype)[6:]}")
+    half = [o for o in model.parameters() if o.dtype in (torch.float16, torch.bfloat16)]
+    if not any(o.requires_grad for o in half): return  # beside a frozen base, weights of LoRA are in float32 from the start; other layers cannot mix
+    say(f"{sum(o.numel() for o in half):,} weights are in float32 while they are trained; they came in {str(half[0].dtype)[6:]}")
     for o in half: o.data = o.data.float()
 
 
