@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 from .adapters import save_merged
 from .arguments import precision_in, TrainingArguments
+from .batching import tasks_of
 from .comparison import compare, Comparison
 from .core import InputError, runtime, set_seed, versions
 from .display import say
 from .encoder import load_encoder, prepare, set_dropout, set_max_length
 from .evaluation import evaluate, Evaluation, relevance
 from .groups import corpus_of
+from .objectives import losses_in
 from .texts import leaks, split_groups
 from .tokens import length_limit
 from .training import Trainer
@@ -69,15 +71,24 @@ def three_sets(
     test=None, # your own test set
     split=(0.8, 0.1, 0.1), # train, dev, test; used where there is no test set
     seed=0, # of the split
+    by="positive", # what splits must not share, see `split_groups`
 ) -> tuple: # train, dev, test
     "The three sets of a run; sets of your own that share queries with train are said aloud."
     if test is None:
         if dev is not None: raise InputError("dev without test", "finetune", "both, or neither")
-        return split_groups(groups, split, seed)
+        return _split(groups, split, seed, by)
     for name, other in (("dev", dev), ("test", test)):
         shared = leaks(groups, other)["queries"] if other is not None else 0
         if shared: say(f"careful: {shared:,} queries of {name} are in train, too; what is measured on them is memory")
     return groups, dev, test
+
+
+def _split(groups, split, seed, by):
+    "Three splits. Where documents are classes (type no_in_batch_neg), sharing one is no leak: those groups are split by their queries."
+    from datasets import concatenate_datasets
+    classes = tasks_of(groups)["alone"]
+    parts = [split_groups(groups.select(np.flatnonzero(some)), split, seed, by=how) for some, how in ((~classes, by), (classes, "query")) if some.any()]
+    return tuple(concatenate_datasets([*o]) for o in zip(*parts))
 
 # %% ../nbs/63_experiments.ipynb #b22d8e08
 def finetune(
@@ -89,6 +100,7 @@ def finetune(
     loss=None, # a loss, several, or an `Objective`; InfoNCE by the recipe without it
     output_dir="runs/finetune", # where checkpoints go
     split=(0.8, 0.1, 0.1), # train, dev, test; used where there is no test set
+    split_by="positive", # what they must not share: "positive" documents and queries, or the "query" alone
     missing="error", # test positives that are not in the corpus: "error", "add" or "count"
     teachers=None, # vectors of one or several teachers, for `DistillVectors`
     guide=None, # vectors of a guide, for `InfoNCE(guided=True)`
@@ -102,7 +114,7 @@ def finetune(
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
     from datasets import concatenate_datasets
     set_seed(seed)
-    train, dev, test = three_sets(groups, dev, test, split, seed)
+    train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
     if corpus is None:
         corpus = corpus_of(concatenate_datasets([o for o in (train, dev, test) if o is not None]))
         say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
@@ -140,7 +152,7 @@ def facts_of(
     a, f = trainer.args, trainer.facts
     settings = {k: getattr(a, k) for k in ("num_train_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "seed")}
     return {"layout": trainer.source.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
-            "precision": precision_in(a), "loss": [str(o) for o in trainer.loss.objective.losses.values()],
+            "precision": precision_in(a), "loss": trainer.loss.objective.described(),
             "dropout": dropout_of(trainer.model), "max_length": trainer.model.max_seq_length, **f,
             "full_length": {role: round(float(np.mean(store.lengths >= length_limit(trainer.model, role))), 4)
                             for role, store in trainer.source.stores.items()},
@@ -158,7 +170,7 @@ def used_recipe(
     trainer, # a `Trainer`
 ): # a `Recipe`
     "The recipe with the values of the run."
-    a, loss = trainer.args, next(iter(trainer.loss.objective.losses.values()))
+    a, loss = trainer.args, next(iter(losses_in(trainer.loss.objective).values()), None)
     own = {"learning_rate": a.learning_rate, "batch_size": a.per_device_train_batch_size, "epochs": a.num_train_epochs,
            "warmup": a.warmup_steps, "temperature": getattr(loss, "temperature", None)}
     return trainer.recipe.override(**{k: v for k, v in own.items() if v != getattr(trainer.recipe, k)})

@@ -82,6 +82,7 @@ _LOSS = [
 _RUN = [
     Option("dev", str, "groups to choose on; split off without it", many=True), Option("test", str, "groups to judge on; split off without it", many=True),
     Option("dev_split", str, "as --split, for dev"), Option("test_split", str, "as --split, for test"),
+    Option("split_by", str, "what the splits must not share: 'positive' documents and queries, or the 'query' alone", "positive"),
     Option("measure", bool, "measure before and after on test? (--no-measure: train on everything, and nobody knows whether it helped)", True),
     Option("output", str, "folder for the model, the figures and the report", "runs/train"),
     Option("overwrite", bool, "write over an earlier run in that folder", False),
@@ -320,9 +321,16 @@ def run_settings(
     groups, dev, test = (groups_of(s, name) for name in ("groups", "dev", "test"))
     beside = {"teachers": _teachers(s) or None, "guide": s["guide"]}
     if not s["measure"]: return _train_only(s, groups, beside)
-    stop = _patience(s)
-    return finetune(groups, model_of(s), corpus_for(s), dev, test, objective_of(s), output, missing=s["missing"], seed=s["seed"], resume=s["resume"],
-                    callbacks=stop, **beside, **arguments_of(s))
+    result = finetune(groups, model_of(s), corpus_for(s), dev, test, objective_of(s), output, split_by=s["split_by"], missing=s["missing"], seed=s["seed"], resume=s["resume"],
+                      callbacks=_patience(s), **beside, **arguments_of(s))
+    _keep_adapter(result.model, output)
+    return result
+
+
+def _keep_adapter(model, output):
+    "An adapter by itself, beside the model that it is merged into."
+    from nixietune.adapters import has_adapter, save_adapter
+    if has_adapter(model) and os.environ.get("RANK", "0") == "0": save_adapter(model, output/"adapter")
 
 
 def _teachers(settings):
@@ -346,7 +354,9 @@ def _train_only(settings, groups, beside):
     from nixietune.training import Trainer
     s = settings
     set_seed(s["seed"])
+    if s["patience"]: raise InputError("patience without measuring", "settings", "measure: true: what stops a run is its measure on dev")
     say("nothing is measured: nobody will know whether the model got better (measure: true, with a test set of your own or one that is split off)")
-    trainer = Trainer(model_of(s), TrainingArguments(s["output"], seed=s["seed"], **arguments_of(s)), groups, loss=objective_of(s), callbacks=_patience(s), **beside)
+    trainer = Trainer(model_of(s), TrainingArguments(s["output"], seed=s["seed"], **arguments_of(s)), groups, loss=objective_of(s), **beside)
     trainer.train(s["resume"])
     if trainer.is_world_process_zero(): save_merged(trainer.model, Path(s["output"])/"model")
+    _keep_adapter(trainer.model, Path(s["output"]))

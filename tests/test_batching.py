@@ -177,10 +177,15 @@ def test_like_lengths_together(tmp_path):
 
 
 def test_prompts_of_data_sets(tmp_path):
-    "Before queries and documents of one data set; a group's own wins; what cannot be is an error."
+    "Before queries and documents of one data set; a group's own wins; a text that two read behind two prompts is two documents."
     groups, prompts = several(), {"large": {"query": "a b: ", "document": "c: "}, "small": {"query": "d: "}}
     model = tiny_model(prompts={"query": "e: ", "document": ""})
-    with pytest.raises(InputError, match="share a document and want other prompts"): index_groups(groups, model=model, prompts=prompts)
+    both = index_groups(groups, model=model, prompts=prompts)
+    twice = [text for text in {*both.documents} if both.documents.count(text) == 2]
+    assert twice and len({*zip(both.prompts, both.documents)}) == len(both.documents)
+    labels, _, d = batch_labels(both.arrays, BatchKey(0, 0, tuple(range(len(groups))), 0))
+    kind, names = relate(labels).kind, [both.documents[i] for i in d]
+    for row, column in (kind == POS).nonzero().tolist(): assert not [1 for other, k in zip(names, kind[row]) if other == names[column] and k in (NEG, OWN)], "nobody's positive is a negative of its own query behind another prompt"
     everywhere = {name: o | {"document": "c: "} for name, o in prompts.items()}
     index = index_groups(groups, model=model, prompts=everywhere)
     assert {prompt for prompt, _ in index.queries} == {"a b: ", "d: "} and {*index.prompts} == {"c: "}
