@@ -180,7 +180,7 @@ def write_base(
 
 
 def _other_base(here, there):
-    "In what a base differs from the one that an adapter was made for; "" where in nothing."
+    "In what a base differs from the one that an adapter was made for; an empty text where in nothing."
     ours, theirs = here["weights"], there["weights"]
     if odd := sorted(ours.keys() ^ theirs.keys()): return f"{odd[0]} is only in {'this one' if odd[0] in ours else 'the other'}"
     near = 2*max(torch.finfo(getattr(torch, o["dtype"])).eps for o in (here, there))
