@@ -48,8 +48,8 @@ def has_adapter(
 def _network(model, where, adapter):
     "The transformer of a model, which shall have an adapter, or none."
     peft, network = need("peft", "LoRA", "lora"), getattr(model[0], "auto_model", None)
+    if any(isinstance(o, peft.PeftModel) for o in model.modules()): raise InputError("the transformer was wrapped by peft itself", where, "add_lora(model) or model.add_adapter(...) instead of peft.get_peft_model")
     if network is None or not hasattr(network, "add_adapter"): raise InputError(f"{type(model[0]).__name__} has no transformer that could bear an adapter", where, "a SentenceTransformer with a Transformer as its first module")
-    if isinstance(network, peft.PeftModel): raise InputError("the transformer was wrapped by peft itself", where, "add_lora(model) or model.add_adapter(...) instead of peft.get_peft_model")
     if adapter and not has_adapter(model): raise InputError("the model has no adapter", where, "add_lora(model) or load_adapter(model, folder) before")
     if not adapter and has_adapter(model): raise InputError("the model has an adapter already", where, "merge_adapter(model) before, or the base that it was added to")
     return network
@@ -180,7 +180,7 @@ def write_base(
 
 
 def _other_base(here, there):
-    "In what a base differs from the one that an adapter was made for; "" where in nothing."
+    "In what a base differs from the one that an adapter was made for; an empty text where in nothing."
     ours, theirs = here["weights"], there["weights"]
     if odd := sorted(ours.keys() ^ theirs.keys()): return f"{odd[0]} is only in {'this one' if odd[0] in ours else 'the other'}"
     near = 2*max(torch.finfo(getattr(torch, o["dtype"])).eps for o in (here, there))
@@ -255,7 +255,7 @@ def _check_base(model, folder):
     same = str(named).rstrip("/").split("/")[-1] == str(here["name"]).rstrip("/").split("/")[-1]
     if named and not same: say(f"the adapter in {folder.name} names {named} as its base, and this is {here['name'] or 'a model without a name'}: whether they are the same cannot be seen")
 
-
+# %% ../nbs/22_adapters.ipynb #31cb2d38
 def restore_adapter(
     model, # a SentenceTransformer with an adapter; it is changed
     folder, # of an adapter of the same shape, or a checkpoint of a run with one

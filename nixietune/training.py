@@ -476,7 +476,6 @@ class Trainer(_Running):
         args.learning_rate_mapping, vectors = learning_rates(objective, args.learning_rate_mapping), vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
-        check_trained(model)
         whole_numbers(model)
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
@@ -585,6 +584,7 @@ def whole_numbers(
     model, # a SentenceTransformer; it is changed
 ):
     "Trained weights in float32, whatever the checkpoint was: steps of 1e-5 are lost in half precision."
+    check_trained(model)
     half = [o for o in model.parameters() if o.dtype in (torch.float16, torch.bfloat16)]
     if not any(o.requires_grad for o in half): return  # beside a frozen base, weights of LoRA are in float32 from the start; other layers cannot mix
     say(f"{sum(o.numel() for o in half):,} weights are in float32 while they are trained; they came in {str(half[0].dtype)[6:]}")

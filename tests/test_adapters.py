@@ -18,7 +18,7 @@ from nixietune.arguments import TrainingArguments
 from nixietune.checkpoints import last_checkpoint
 from nixietune.core import InputError
 from nixietune.display import hushed
-from nixietune.encoder import check_layout, encode, layout_of
+from nixietune.encoder import check_layout, encode, layout_of, prepare
 from nixietune.evaluation import evaluate
 from nixietune.losses import CoSENT, InfoNCE
 from nixietune.objectives import Objective
@@ -85,8 +85,8 @@ def test_every_architecture(tmp_path, kind):
 @BOTH
 def test_every_way_to_compute(tmp_path, kind):
     "Packed, bucketed, cached and checkpointed forwards lead to the same weights; the head behind is trained, too."
-    ways = {"packed": {}, "bucketed": {"forward": "bucketed"}, "cached": {"cache_gradients": True, "tokens_per_forward": 60},
-            "checkpointed": {"gradient_checkpointing": True}, "both": {"cache_gradients": True, "gradient_checkpointing": True}}
+    ways = {"packed": {}, "bucketed": {"forward": "bucketed"}, "cached and checkpointed": {"cache_gradients": True, "tokens_per_forward": 60, "gradient_checkpointing": True}}
+    if kind == "bert": ways |= {"cached": {"cache_gradients": True}, "checkpointed": {"gradient_checkpointing": True}}
     found = {}
     for name, options in ways.items():
         model = add_lora(add_head(tiny_model(kind), 16), rank=4, dropout=0.0, modules_to_save=["norm" if kind == "qwen3" else "embeddings.LayerNorm"])
@@ -94,9 +94,7 @@ def test_every_way_to_compute(tmp_path, kind):
         trainer.train()
         assert trainer.source.layout.name == options.get("forward", "packed") and trainer.loss.cached == options.get("cache_gradients", False)
         found[name] = trained(model)
-        for n, o in model.named_parameters():
-            if o.requires_grad: assert not torch.equal(o, dict(add_lora(add_head(tiny_model(kind), 16), rank=4).named_parameters()).get(n, o + 1)), n
-        assert (found[name] - before).abs().max() > 1e-4
+        assert (found[name] != before).float().mean() > 0.9
         plain = merge_adapter(deepcopy(model))
         assert np.abs(vectors(plain) - vectors(model)).max() < 1e-5 and not has_adapter(plain)
     for name, o in found.items(): assert (o - found["packed"]).abs().max() < 2e-5, name
@@ -181,6 +179,11 @@ def test_what_others_read(tmp_path):
         wrapped = get_peft_model(base()[0].auto_model, LoraConfig(r=3, target_modules=["query", "value"], init_lora_weights=False)).eval()
         wrapped.save_pretrained(str(tmp_path / "peft"))
         ours = load_adapter(base(), tmp_path / "peft")
+    by_peft = base()
+    by_peft[0].model = wrapped
+    assert prepare(by_peft).name == "packed" and check_layout(by_peft) < 1e-5 and np.abs(vectors(by_peft) - vectors(ours)).max() < 1e-5
+    for refused in (add_lora, merge_adapter):
+        with pytest.raises(InputError, match="wrapped by peft"): refused(by_peft)
     assert torch.allclose(wrapped(**ids).last_hidden_state, ours[0].auto_model.eval()(**ids).last_hidden_state, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer as TransformersTrainer, TrainerCallback
 
+from nixietune.adapters import add_lora
 from nixietune.batching import BatchKey
 from nixietune.encoder import prompt_of
 from nixietune.losses import InfoNCE
@@ -199,3 +200,19 @@ def test_loading_is_by_folder(tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.float16):
         model = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": dtype})
         assert {o.dtype for o in model.parameters()} == {dtype}
+
+
+def test_adapters():
+    "What `_strip` and `restore_adapter` touch: peft's layers and wrappers, and transformers' notes on them."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    model = add_lora(tiny_model(), rank=2, modules_to_save=["embeddings.LayerNorm"])
+    network = model[0].auto_model
+    assert network._hf_peft_config_loaded and [*network.peft_config] == model.active_adapters() == ["default"]
+    layers = [o for o in network.modules() if isinstance(o, BaseTunerLayer)]
+    assert len(layers) == 12 and {type(o.get_base_layer()) for o in layers} == {torch.nn.Linear} and "safe_merge" in parameters(layers[0].merge)
+    [saved] = [o for o in network.modules() if isinstance(o, ModulesToSaveWrapper)]
+    assert saved.active_adapters == ["default"] and saved.modules_to_save["default"] is not saved.original_module
+    assert {o.split(".")[-3] for o, p in network.named_parameters() if p.requires_grad and "modules_to_save" not in o} == {"lora_A", "lora_B"}
+    network.delete_adapter("default")
+    assert not hasattr(network, "peft_config") and not network._hf_peft_config_loaded
