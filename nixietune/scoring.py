@@ -7,7 +7,7 @@ __all__ = ['YES_OR_NO', 'ASKED_ABOUT', 'SCALES', 'Scorer', 'weights_key', 'bi_en
            'cut_texts', 'prompted', 'config_of', 'loaded', 'loading', 'load_language_model', 'merged', 'last_logits',
            'yes_logit', 'token_of', 'query_likelihood', 'bm25_scorer', 'on_scale', 'blend', 'as_scorer', 'load_teacher',
            'kept_scores', 'keep_scores', 'pair_keys', 'score_pairs', 'with_scores', 'teacher_summary', 'doubts',
-           'formatted', 'score_groups']
+           'formatted', 'to_score', 'score_groups']
 
 # %% ../nbs/42_scoring.ipynb #4b728c72
 import os, string
@@ -88,7 +88,7 @@ def cross_encoder(
     "The logit of a cross-encoder."
     if model.num_labels != 1: raise InputError(f"{model.num_labels} numbers a pair", name_of(model), "a cross-encoder with one, or a function that makes one number of them")
     check_range("max_length", max_length, least=4, where="cross_encoder")
-    limit, cut = max_length or model.max_length or float("inf"), Counter()
+    limit, cut = max_length or model.max_seq_length or float("inf"), Counter()
     how = {"processing_kwargs": {"text": {"max_length": max_length, "truncation": True}}} if max_length else {}
     def lengths(texts):
         number, distinct = numbered(texts)
@@ -358,13 +358,17 @@ def blend(
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(o, tuple) and len(o) == 2 for o in parts): raise InputError(f"{parts!r}", "blend", "a list of (teacher, weight)")
     on_scale([], [], normalize)
     for _, weight in parts: check_range("a weight", weight, above=0, where="blend")
-    scorers, weights = [as_scorer(teacher) for teacher, _ in parts], np.array([weight for _, weight in parts], float)
+    scorers, weights, cut = [as_scorer(teacher) for teacher, _ in parts], np.array([weight for _, weight in parts], float), Counter()
     def score(pairs):
-        query = numbered(q for q, _ in pairs)[0]
-        return np.average([on_scale(one(pairs), query, normalize) for one in scorers], axis=0, weights=weights)
+        query, found = numbered(q for q, _ in pairs)[0], []
+        for one in scorers:
+            one.cut.clear()
+            found.append(on_scale(one(pairs), query, normalize))
+            cut.update(one.cut)
+        return np.average(found, axis=0, weights=weights)
     key = None if any(o.key is None for o in scorers) else lambda: ["blend", normalize, weights, [[o.name, *o.key()] for o in scorers]]
     return Scorer(score, " + ".join(f"{w:g} {o.name}" for w, o in zip(weights, scorers)) + f" ({normalize})"*(normalize != "raw"), key,
-                  normalize == "query" or any(o.whole_queries for o in scorers))
+                  normalize == "query" or any(o.whole_queries for o in scorers), cut)
 
 # %% ../nbs/42_scoring.ipynb #248e2ac8
 def as_scorer(
@@ -373,7 +377,7 @@ def as_scorer(
     **options, # for `cross_encoder`: max_length, tokens_per_forward
 ) -> Scorer:
     "Whatever gives scores, as a `Scorer`."
-    if isinstance(teacher, (str, Path)): teacher = load_teacher(teacher)
+    if isinstance(teacher, (str, Path)): teacher, name = load_teacher(teacher), name or str(teacher)
     kind = next((o.__name__ for o in type(teacher).__mro__ if o.__name__ in _MAKERS), None)
     if kind: found = _MAKERS[kind](teacher, **options)
     elif options: raise InputError(f"{', '.join(options)} for {type(teacher).__name__}", "as_scorer", "options only for a cross-encoder")
@@ -454,7 +458,7 @@ def keep_scores(
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../nbs/42_scoring.ipynb #d88d3df7
 def pair_keys(
     pairs, # iterable of (query, document)
     teacher, # a text that stands for the teacher
@@ -551,7 +555,8 @@ def doubts(
 ): # yields sentences
     "What to be careful with."
     if row["positive below"]: yield f"careful: in {row['positive below']:.1%} of {row['with both']:,} groups with both, the teacher ranks every positive below a negative"
-    if row["spread 50%"] is not None and row["spread 50%"] < 1: yield f"scores of a group lie {row['spread 50%']:.2g} apart (median): a tenth of it is a good teacher_temperature"
+    if row["spread 50%"] == 0: yield "careful: in half of the groups and more, the teacher gives all documents the same score"
+    elif row["spread 50%"] is not None and row["spread 50%"] < 1: yield f"scores of a group lie {row['spread 50%']:.2g} apart (median): a tenth of it is a good teacher_temperature"
 
 # %% ../nbs/42_scoring.ipynb #24aa1d31
 def formatted(
@@ -571,6 +576,22 @@ def formatted(
     return [one(text, instruction if o is None else o) for text, o in zip(texts, own or [None]*len(texts))]
 
 # %% ../nbs/42_scoring.ipynb #66b330cb
+def to_score(
+    items, # DataFrame of `items_of`
+    overwrite=True, # replace what is there?
+) -> np.ndarray: # bool[items]
+    "Which documents get a new score; what happens to old ones is said."
+    have = items["teacher"].notna()
+    if not len(items): raise InputError("the groups have no documents", "score_groups", "some to score")
+    if overwrite:
+        if have.any(): say(f"{counted(int(have.sum()), 'teacher score')} of before replaced")
+        return np.ones(len(items), bool)
+    complete = have.groupby(items["row"]).transform("all")
+    if complete.any(): say(f"{counted(int(items['row'][complete].nunique()), 'group')} keep the teacher scores that they have")
+    if n := int((have & ~complete).sum()): say(f"{counted(n, 'teacher score')} of before replaced, in groups that had only some")
+    return ~complete.to_numpy()
+
+# %% ../nbs/42_scoring.ipynb #172e991e
 def score_groups(
     groups, # Dataset of groups
     teacher, # a name, a model, `Vectors`, a function of pairs, a `Scorer`, or a list of (teacher, weight): see `as_scorer`
@@ -591,7 +612,7 @@ def score_groups(
     queries = formatted(groups["query"][:], "query", query_format, query_instruction, own)
     if (n := sum(o is not None for o in own)) and query_format is query_instruction is None:
         say(f"{counted(n, 'group')} with an instruction that the teacher does not see: query_format='{{instruction}}{{query}}' puts it before the query")
-    wanted = _wanted(items, overwrite)
+    wanted = to_score(items, overwrite)
     if not wanted.any(): say("every group has all its teacher scores, and they are kept"); return groups
     asked, distinct = numbered(queries)
     codes, pair = np.unique(asked[items["row"][wanted]]*len(documents) + items["text"].to_numpy()[wanted], return_inverse=True)
@@ -607,16 +628,3 @@ def score_groups(
     say(f"{counted(len(codes), 'pair')} scored in {counted(len(groups), 'group')} by {note}")
     for row in report.rows: [say(f"{row['dataset']}: {o}") for o in doubts(row)]
     return scored
-
-
-def _wanted(items, overwrite):
-    "bool[items]: which of them get a score."
-    have = items["teacher"].notna()
-    if not len(items): raise InputError("the groups have no documents", "score_groups", "some to score")
-    if overwrite:
-        if have.any(): say(f"{counted(int(have.sum()), 'teacher score')} of before replaced")
-        return np.ones(len(items), bool)
-    complete = have.groupby(items["row"]).transform("all")  # no group shall mix two teachers
-    if complete.any(): say(f"{counted(int(items['row'][complete].nunique()), 'group')} keep the teacher scores that they have")
-    if n := int((have & ~complete).sum()): say(f"{counted(n, 'teacher score')} of before replaced, in groups that had only some")
-    return ~complete.to_numpy()

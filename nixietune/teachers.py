@@ -114,25 +114,25 @@ def teacher_vectors(
     with Progress(len(keys), unit="texts", desc="the teacher reads", initial=done) as bar:
         for role, i in steps:
             n = len(texts[role][i:i + piece])
-            if at >= done:
+            if at + n > done:
                 array[at:at + n] = found(role, i)
                 array.flush()
                 write_json(folder/"done.json", at + n)
-                bar.update(n)
+                bar.update(at + n - max(at, done))
             at += n
     del array
     (folder/"done.json").unlink()
     os.rename(folder, path)
     return open_vectors(path)
 
-
+# %% ../nbs/41_teachers.ipynb #dddfab84
 def name_of(
     model, # of sentence-transformers
 ) -> str:
     "What a model is called."
     return model.model_card_data.base_model or type(model).__name__
 
-# %% ../nbs/41_teachers.ipynb #dddfab84
+
 def _unfinished(path, about, keys, first):
     "The folder beside `path` where vectors are gathered, its array, and how many rows are in it."
     path = Path(path)
