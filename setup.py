@@ -30,6 +30,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: ["configs/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require={key.removesuffix("_requirements"): words(key) for key in cfg if key.endswith("_requirements")},

@@ -7,10 +7,10 @@ __all__ = ['DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT',
            'NotANumber', 'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator', 'first',
            'Averaging', 'Epochs', 'guarded', 'together', 'Trainer', 'teacher_span', 'default_loss', 'food', 'remarks',
            'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers', 'freeze_unused', 'where_to_resume',
-           'used_memory', 'attention_dropout', 'pairs_in']
+           'name_layers', 'used_memory', 'attention_dropout', 'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
-import json, time
+import json, os, time
 from pathlib import Path
 import numpy as np
 import psutil
@@ -484,6 +484,7 @@ class Trainer(_Running):
         freeze_unused(model, self.source, args)
         self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
         evaluator = DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None
+        name_layers(model)
         step = Step(model, objective, cached, args.negatives_cross_device)
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
@@ -615,6 +616,14 @@ def where_to_resume(
     found = last_checkpoint(folder)
     if found is None and any(Path(folder).glob("checkpoint-*")): say(f"none of the checkpoints in {folder} is whole: starting anew")
     return found
+
+
+def name_layers(
+    model, # a SentenceTransformer
+):
+    "Tell FSDP which layers to divide, unless somebody has: it asks the model, and sentence-transformers has no answer."
+    names = getattr(getattr(model[0], "auto_model", None), "_no_split_modules", None) or ()
+    if names: os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(names)))
 
 
 def used_memory(

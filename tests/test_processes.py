@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from nixietune.batching import BatchKey, batch_labels, index_groups, Source
@@ -55,8 +56,8 @@ def groups():
     return make_groups(rows, "bge")
 
 
-def step(rows, objective, start, source, cached=False):
-    model, batch = deepcopy(start), source[BatchKey(0, 0, rows, 0)]
+def step(rows, objective, start, source, cached=False, wrap=lambda model: model):
+    model, batch = wrap(deepcopy(start)), source[BatchKey(0, 0, rows, 0)]
     label = batch["label"]
     numbers = torch.cat([label["q_id"] + 1000, label["d_id"]])  # made from ids, so that they are the same wherever a text is read
     def drawn(n, of): return torch.stack([torch.randn(n, generator=torch.Generator().manual_seed(int(o))) for o in of])
@@ -66,7 +67,14 @@ def step(rows, objective, start, source, cached=False):
     loss = sum(out.values()) if isinstance(out, dict) else out
     loss.backward()
     own = [o.grad.flatten() if o.grad is not None else torch.zeros(o.numel()) for o in objective.parameters()]
-    return loss.item(), torch.cat([o.grad.flatten() for o in model.parameters() if o.grad is not None]), torch.cat([torch.zeros(0), *own])
+    whole = [getattr(o.grad, "full_tensor", lambda: o.grad)().flatten() for o in model.parameters() if o.grad is not None]
+    return loss.item(), torch.cat(whole), torch.cat([torch.zeros(0), *own])
+
+
+def sharded(model):
+    "Weights divided among the processes, layer by layer: what FSDP does."
+    for layer in model[0].auto_model.encoder.layer: fully_shard(layer)
+    return fully_shard(model)
 
 
 def beginning(folder):
@@ -85,6 +93,9 @@ def reader(rank, parts, names, folder):
         gathered = [torch.empty_like(own) for _ in parts]
         dist.all_gather(gathered, own)
         found[name, cached] = loss, gradient / len(parts), gathered  # the mean, as data-parallel training takes it
+    source.budget = (25, 60)[rank]  # unequal numbers of forwards
+    for cached in (False, True):
+        found["sharded", cached] = *step(parts[rank], objective_of("KL and InfoNCE"), start, source, cached, sharded)[:2], len(source[BatchKey(0, 0, parts[rank], 0)]["packs"])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -95,6 +106,13 @@ def test_two_processes(tmp_path):
     start, source = beginning(tmp_path)
     mp.spawn(reader, (parts, names, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
+    loss, gradient, _ = step(sum(parts, ()), objective_of("KL and InfoNCE"), start, source)
+    assert len({one["sharded", False][2] for one in found}) == 2, "the processes have unequal numbers of forwards"
+    for one in found:
+        for cached in (False, True):
+            theirs, divided, _ = one["sharded", cached]
+            assert theirs == pytest.approx(loss, rel=1e-5, abs=1e-5)
+            assert (divided - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), "weights divided among processes"
     for name, cached in names:
         loss, gradient, own = step(sum(parts, ()), objective_of(name), start, source)
         assert gradient.abs().max() > 1e-4, name
