@@ -24,6 +24,7 @@ _NAMES = {
         "evaluation": "evaluate",
         "comparison": "compare",
         "auditing": "audit split_by_length",
+        "mining": "mine_negatives find_false_negatives relabel",
         "teachers": "teacher_vectors load_vectors",
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
         "objectives": "Objective Matryoshka PerDataset",
