@@ -146,7 +146,8 @@ def bm25_miner(
 
 def _best(scores, k):
     "Places of the k highest scores above 0, ties in their order."
-    some = np.flatnonzero(scores > (0 if k >= len(scores) else max(0, np.partition(scores, -k)[-k] - 1e-9)))
+    least = np.partition(scores, -k)[-k] if k < len(scores) else 0
+    some = np.flatnonzero((scores > 0) & (scores >= least))
     return some[np.argsort(-scores[some], kind="stable")][:k]
 
 
@@ -372,7 +373,8 @@ class MiningReport:
     def table(self) -> Table:
         "What was refused, by which rule."
         rows = [{"candidates": "found", "number": self.facts["candidates"]}, *({"candidates": k, "number": v} for k, v in self.refused.items()),
-                {"candidates": "taken", "number": len(self.negatives)}]
+                {"candidates": "taken", "number": len(self.negatives) - self.facts["filled"]}]
+        rows.append({"candidates": "more than was asked for", "number": rows[0]["number"] - sum(row["number"] for row in rows[1:])})
         share = [{"share": row["number"]/max(1, rows[0]["number"])} for row in rows]
         per = ", ".join(f"{n}: {counted(int((self.counts == n).sum()), 'query').replace('querys', 'queries')}" for n in np.unique(self.counts))
         return Table([a | b for a, b in zip(rows, share)], title=f"{self.facts['queries']:,} queries, {self.facts['documents']:,} documents",
