@@ -34,6 +34,7 @@ _NAMES = {
         "training": "Trainer",
         "experiments": "finetune",
         "tuning": "tune",
+        "remining": "Remine",
         "launching": "launch",
         "report": "write_run",
     }.items()
