@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAIRS', 'RRF', 'FUSE', 'CHUNK', 'AGAINST', 'SAMPLING', 'EXISTING', 'DECISIONS', 'Pool', 'pool_of', 'Miner',
            'dense_miner', 'bm25_miner', 'random_miner', 'miners_of', 'candidates', 'nth', 'by_identity', 'read_range',
-           'by_score', 'check_limits', 'cross_scores', 'judged', 'choose', 'MiningReport', 'report_of',
+           'by_score', 'check_limits', 'cross_scores', 'judged', 'choose', 'MiningReport', 'report_of', 'in_words',
            'with_negatives', 'without_negatives', 'filled', 'check_choices', 'mine_negatives', 'mine', 'remarks',
            'FalseNegatives', 'find_false_negatives', 'with_given', 'suspects', 'relabel', 'decide']
 
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 import numpy as np
-from .core import InputError, need
+from .core import check_range, InputError, need
 from .dialects import GROUP, make_item
 from .display import Progress, say, Table
 from .evaluation import encode_texts, read_corpus, similarity_of
 from .groups import corpus_of, documents
-from .index import search
+from .index import search, vector_lengths
 from .plots import BLUE, new_axes
 from .tables import batches, table_of
 from .texts import NEAR, near_duplicates, normal_form, numbered, shortened
@@ -93,14 +93,10 @@ class Miner(NamedTuple):
     score: Callable = None # (queries int[n], texts int[n]) -> float[n]
 
 
-def _lengths(x): return np.maximum(np.linalg.norm(x, axis=1), 1e-30)
-
-
-_dot = partial(np.einsum, "nd,nd->n")
-PAIRS = { # metric -> the similarity of vectors, row by row
-    "ip": _dot,
-    "cos": lambda q, d: _dot(q, d)/(_lengths(q)*_lengths(d)),
-    "l2": lambda q, d: -np.linalg.norm(q - d, axis=1)}
+PAIRS = { # metric -> the similarity of vectors, row by row; lengths are those of the vectors
+    "ip": lambda q, d, lengths: np.einsum("nd,nd->n", q, d),
+    "cos": lambda q, d, lengths: np.einsum("nd,nd->n", q, d)/lengths,
+    "l2": lambda q, d, lengths: -np.einsum("nd,nd->n", q - d, q - d)} # minus the squared distance, as `search` has it
 
 
 def dense_miner(
@@ -114,11 +110,12 @@ def dense_miner(
     metric = metric or similarity_of(model)
     queries = encode_texts(model, [o[2] for o in pool.queries], "query", [o[:2] for o in pool.queries], progress)
     texts = encode_texts(model, pool.texts, "document", progress=progress)
+    of_queries, of_texts = vector_lengths(queries), vector_lengths(texts)
     def score(query, text):
-        found, step = np.empty(len(query)), 2**22//texts.shape[1] + 1 # 64 MiB for both sides
+        found, step = np.empty(len(query)), 2**20//texts.shape[1] + 1 # 16 MiB for both sides
         for s in range(0, len(query), step):
-            here = slice(s, s + step)
-            found[here] = PAIRS[metric](queries[query[here]].astype("float64"), texts[text[here]].astype("float64"))
+            q, t = query[s:s + step], text[s:s + step]
+            found[s:s + step] = PAIRS[metric](queries[q].astype("float64"), texts[t].astype("float64"), of_queries[q]*of_texts[t])
         return found
     return Miner(name, lambda some, k: search(queries[some], texts[:pool.size], k, metric)[1], score)
 
@@ -409,12 +406,21 @@ def report_of(
 ) -> MiningReport:
     "Numbers become texts."
     called = {bits: "+".join(name for i, name in enumerate(names) if bits >> i & 1) for bits in taken["miners"].unique().tolist()}
-    text = lambda column: [pool.texts[i] if i >= 0 else "" for i in taken[column]]
-    rows = taken.assign(number=taken["query"], query=[pool.queries[i][2] for i in taken["query"]], doc=text("text"), doc_id=[pool.ids[i] for i in taken["text"]],
-                        answer=text("answer"), miner=taken["miners"].map(called), margin=taken["positive"] - taken["score"])
+    rows = in_words(taken, pool).assign(miner=[called[o] for o in taken["miners"]], margin=(taken["positive"] - taken["score"]).to_numpy())
     counts = np.bincount(taken["query"], minlength=len(pool.queries))[np.unique(pool.known[0])]
     columns = ["query", "doc", "doc_id", "place", "score", "positive", "margin", "answer", "miner", "number"]
-    return MiningReport(rows[columns].reset_index(drop=True), counts, dict(refused), facts)
+    return MiningReport(rows[columns], counts, dict(refused), facts)
+
+
+def in_words(
+    found:"pandas.DataFrame", # candidates
+    pool:Pool, # what the numbers mean
+) -> "pandas.DataFrame": # the same with query, doc, doc_id and answer as texts; number: that of the query
+    "The texts of candidates."
+    import pandas as pd
+    texts = {"query": [pool.queries[i][2] for i in found["query"]], "doc": [pool.texts[i] for i in found["text"]],
+             "doc_id": [pool.ids[i] for i in found["text"]], "answer": [pool.texts[i] if i >= 0 else "" for i in found["answer"]]}
+    return found.assign(number=found["query"]).reset_index(drop=True).assign(**{k: pd.Series(o, dtype=object) for k, o in texts.items()})
 
 
 def with_negatives(
@@ -424,8 +430,8 @@ def with_negatives(
 ) -> "datasets.Dataset": # groups
     "Groups with what was found, behind what they had."
     found = {}
-    for o in report.negatives.itertuples():
-        found.setdefault(o.number, []).append(make_item(o.doc, "neg", doc_id=None if o.doc_id == text_id(o.doc) else o.doc_id, miner=o.miner))
+    for number, doc, doc_id, miner in zip(*(report.negatives[o].tolist() for o in ("number", "doc", "doc_id", "miner"))):
+        found.setdefault(number, []).append(make_item(doc, "neg", doc_id=None if doc_id == text_id(doc) else doc_id, miner=miner))
     rows = (row for batch in batches(groups) for row in batch)
     return table_of((row | {"neg": row["neg"] + found.get(query, [])} for query, row in zip(pool.query.tolist(), rows)), GROUP)
 
@@ -468,13 +474,14 @@ def filled(
 
 
 def check_choices(
-    encoder, number, sampling, fuse, against, fill, window, # what `mine_negatives` takes
+    encoder, number, sampling, fuse, against, fill, window, temperature=1.0, # what `mine_negatives` takes
 ):
     "An `InputError` for an option that does not exist or cannot be met."
     for name, value, known in (("sampling", sampling, SAMPLING), ("fuse", fuse, FUSE), ("against", against, AGAINST), ("fill", fill, (None, "random"))):
         if value not in known: raise InputError(repr(value), name, " or ".join(map(repr, known)))
     if encoder is None and sampling != "random": raise InputError("no encoder", "mine_negatives", "one, 'bm25', or sampling='random'")
     if not isinstance(number, int) or number < 1: raise InputError(repr(number), "number", "a whole number, 1 or more")
+    check_range("temperature", temperature, above=0, where="mine_negatives")
     if window[1] - window[0] < number: raise InputError(f"{window[1] - window[0]} places for {number} negatives", "ranks", "as many places as negatives")
 
 # %% ../nbs/40_mining.ipynb #83486263
@@ -503,11 +510,12 @@ def mine_negatives(
 ) -> "datasets.Dataset": # groups; with report=True a pair: groups, `MiningReport`
     "Find hard negatives for every query: what ranks high, and neither is nor nearly is nor scores like a known answer."
     limits, window = check_limits(max_score, margin, relative), read_range(ranks)
-    check_choices(encoder, number, sampling, fuse, against, fill, window)
+    check_choices(encoder, number, sampling, fuse, against, fill, window, temperature)
     searched, groups = corpus_of(groups) if corpus is None else corpus, without_negatives(groups, existing)
     pool = pool_of(groups, searched, known, near)
     miners = miners_of(encoder, pool, metric, seed, progress)
-    judge = cross_scores(cross_encoder, pool) if cross_encoder else miners[0].score
+    judge = cross_scores(cross_encoder, pool) if cross_encoder is not None else miners[0].score
+    if not judge and (margin is not None or max_score is not None): raise InputError("a ceiling, and nobody who gives scores", "mine_negatives", "an encoder or a cross-encoder")
     refuse = partial(judged, pool=pool, judge=judge, limits=limits, against=against)
     pick = partial(choose, pool=pool, sampling=sampling, temperature=temperature, seed=seed, rescored=cross_encoder is not None)
     found = mine(pool, miners, number, window, fuse, refuse, pick, fill, seed)
@@ -586,6 +594,7 @@ def find_false_negatives(
     groups:"datasets.Dataset", # groups
     encoder, # a SentenceTransformer, a function of (texts, role), "bm25", a list of these, or a dict name -> one of these
     corpus=None, # what is searched: a Dataset with doc_id and text; all documents of the groups without it
+    number:int=5, # documents of a query at most
     ranks="0-100", # places of the ranking that are looked at; the groups' own negatives wherever they are
     relative:float=0.95, # list what scores above this share of the positive's score
     margin:float=None, # list what scores above the positive's score less this
@@ -601,16 +610,19 @@ def find_false_negatives(
     "What `mine_negatives` would refuse for its score or as a copy: the likeliest answers first."
     import pandas as pd
     limits, window = check_limits(max_score, margin, relative), read_range(ranks)
-    check_choices(encoder, 1, "top", fuse, against, None, window)
+    check_choices(encoder, number, "top", fuse, against, None, (0, number))
     pool = pool_of(groups, corpus, known, near)
     miners = miners_of(encoder, pool, metric, 0, progress)
-    judge = cross_scores(cross_encoder, pool) if cross_encoder else miners[0].score
+    judge = cross_scores(cross_encoder, pool) if cross_encoder is not None else miners[0].score
     asked, parts, free = np.unique(pool.known[0]), [], pool._replace(given=np.zeros((2, 0), int))
     if not len(asked): raise InputError("no group has a positive", "find_false_negatives", "groups with positives")
     for some in np.split(asked, np.arange(CHUNK, len(asked), CHUNK)):
         found = with_given(candidates(miners, some, window[1], fuse), pool, some)
         parts.append(suspects(judged(found, free, judge, (-1, window[1]), limits, against), pool))
-    return FalseNegatives(pd.concat(parts).sort_values("above", ascending=False, kind="stable", ignore_index=True))
+    whole = pd.concat(parts).sort_values("above", ascending=False, kind="stable", ignore_index=True)
+    frame = whole.groupby("query", sort=False).head(number).reset_index(drop=True)
+    if cut := len(whole) - len(frame): say(f"{cut:,} more for queries that have {number} here already")
+    return FalseNegatives(frame)
 
 # %% ../nbs/40_mining.ipynb #83c4343e
 def with_given(
@@ -634,9 +646,7 @@ def suspects(
     copies = (found["why"] == "nearly a known positive") | (found["why"] == "a known positive") & given
     too_high = found["why"].isin([*by_score(0., 0., 0., 0., 1.)])
     found = found.assign(given=given, above=np.where(copies, np.inf, found["score"] - found["positive"]), decision="")[copies | too_high]
-    text = lambda column: [pool.texts[i] if i >= 0 else "" for i in found[column]]
-    found = found.assign(number=found["query"], query=[pool.queries[i][2] for i in found["query"]], doc=text("text"), doc_id=[pool.ids[i] for i in found["text"]], answer=text("answer"))
-    return found[["query", "doc", "doc_id", "answer", "score", "positive", "above", "place", "why", "given", "decision"]]
+    return in_words(found, pool)[["query", "doc", "doc_id", "answer", "score", "positive", "above", "place", "why", "given", "decision"]]
 
 # %% ../nbs/40_mining.ipynb #2d00b1ec
 def relabel(

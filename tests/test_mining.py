@@ -112,7 +112,7 @@ def test_distance():
     except InputError: pytest.skip("exact search does not know metric='l2' yet")
     docs = [f"document {i}" for i in range(30)]
     groups = make([("a query", [docs[0]])])
-    near = np.linalg.norm(hashed(docs, "") - hashed(["a query"], ""), axis=1)
+    near = ((hashed(docs, "") - hashed(["a query"], ""))**2).sum(1)
     found = new(mined(groups, hashed, corpus_of(docs), number=30, ranks=30, metric="l2"))[0]
     assert found == [docs[i] for i in np.argsort(near, kind="stable") if near[i] >= 1.05*near[0]]
 
@@ -146,13 +146,13 @@ def test_small_worlds():
     assert new(mined(one, hashed, corpus_of(["the answer", "the answer"]), relative=None, fill="random")) == [[]]
     assert new(mined(one, hashed)) == [[]]  # the pool is the groups' own documents
     assert new(mined(one, corpus=corpus_of(["b", "the answer"]), sampling="random")) == [["b"]]
-    for what, call in {"an empty corpus": lambda: mined(one, hashed, []), "there are no groups": lambda: mined(one.select([]), hashed), "no encoder": lambda: mined(one),
+    for what, call in {"nobody who gives scores": lambda: mined(one, sampling="random", margin=0.1), "an empty corpus": lambda: mined(one, hashed, []), "there are no groups": lambda: mined(one.select([]), hashed), "no encoder": lambda: mined(one),
                        "no group has a positive": lambda: mined(nt.make_groups([{"query": "q", "scored": [{"doc": "a", "score": 1.0}]}], "nixietune"), hashed)}.items():
         with pytest.raises(InputError, match=what): call()
 
 
 @pytest.mark.parametrize("wrong", [dict(number=0), dict(ranks="9-2"), dict(ranks="x"), dict(sampling="best"), dict(relative=1.2), dict(margin=-1), dict(fuse="sum"), dict(fill="zeros"), dict(existing="no"),
-                                   dict(against="mean"), dict(metric="manhattan"), dict(number=9, ranks="0-5")])
+                                   dict(against="mean"), dict(metric="manhattan"), dict(temperature=0), dict(number=9, ranks="0-5")])
 def test_options_that_cannot_be_meant(wrong):
     with pytest.raises(InputError): mined(make([("a query", ["the answer"])]), hashed, corpus_of(["b"]), **wrong)
 
@@ -257,6 +257,8 @@ def test_false_negatives_and_relabelling(capsys):
     corpus = corpus_of([f"number {i}" for i in range(12)])
     found = nt.find_false_negatives(groups, in_order, corpus, metric="ip", relative=None, margin=0)
     assert found.frame["doc"][found.frame["query"] == "low 1"].tolist() == [f"number {i}" for i in (0, 1, 2, 3, 4)]
+    assert len(nt.find_false_negatives(groups, in_order, corpus, metric="ip", relative=None, margin=0, number=2)) == 4
+    assert "6 more for queries that have 2" in capsys.readouterr().out
     assert found.frame["given"].sum() == 1 and "may be answers" in repr(found) and "<table" in found._repr_html_()
     found.frame.loc[found.frame["doc"] == "number 2", "decision"] = "positive"
     found.frame.loc[found.frame["doc"] == "number 1", "decision"] = "drop"
