@@ -24,6 +24,7 @@ _NAMES = {
         "evaluation": "evaluate",
         "comparison": "compare",
         "auditing": "audit split_by_length",
+        "mining": "mine_negatives find_false_negatives relabel",
         "teachers": "teacher_vectors load_vectors join_vectors",
         "scoring": "score_groups as_scorer yes_logit query_likelihood bm25_scorer blend teacher_summary",
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
@@ -34,6 +35,7 @@ _NAMES = {
         "training": "Trainer",
         "experiments": "finetune",
         "tuning": "tune",
+        "remining": "Remine",
         "launching": "launch",
         "report": "write_run",
     }.items()

@@ -40,3 +40,8 @@ def test_quality(tmp_path): assert {o["way"] for o in run(tmp_path, "quality", "
 def test_choosing(tmp_path):
     found = run(tmp_path, "choosing", "--work", str(tmp_path / "work"))[1]
     assert len(found["runs"]) > 3
+
+
+def test_mining(tmp_path):
+    found = run(tmp_path, "mining", "--work", str(tmp_path / "work"))[1]
+    assert {o["way"] for o in found["summary"]} == {"nixietune", "sentence-transformers"} and found["planted"]["rows"][0]["both (default)"] == 0
