@@ -74,7 +74,7 @@ def vector_lengths(
 def _inner(d):
     "Inner products."
     import numpy as np
-    longest = vector_lengths(d).max()
+    longest = vector_lengths(d).max(initial=0)
     return SimpleNamespace(
         queries=as_float, documents=lambda start, block: block, score=lambda fast, q: fast,
         size=lambda q: vector_lengths(q)*longest, exact=lambda q, d, rows: np.einsum("qd,qnd->qn", q, d))
@@ -301,11 +301,11 @@ def _search_index(q, d, k, by, metric, kind, given, sample, devices):
         rows = index.search(np.ascontiguousarray(by.queries(some)[:, :q.shape[1]]), min(k + SPARE, len(d)))[1]
         exact = np.where(rows < 0, -np.inf, _pair_scores(some, d, np.maximum(rows, 0), by.exact)) # -1: found no more
         scores[s:s + MANY], best[s:s + MANY] = _ordered(exact, rows, k)
-    if sample: _recall(q, d, k, by, scores, kind, settings, sample, devices)
     few = np.flatnonzero(np.isneginf(scores[:, -1]))
     if len(few):
         say(f"{kind}: fewer than {k} documents found for {len(few):,} of {len(q):,} queries, which are searched exactly")
         scores[few], best[few] = _search_all(q[few], d, k, by, "torch", devices)
+    if sample: _recall(q, d, k, by, scores, kind, settings, sample, devices)
     return scores, best
 
 # %% ../nbs/30_search.ipynb #f4d2bb4a
