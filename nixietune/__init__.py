@@ -18,6 +18,7 @@ _NAMES = {
         "samples": "lay_terms docstrings",
         "encoder": "load_encoder encode",
         "adapters": "add_head add_lora load_adapter save_adapter merge_adapter save_merged freeze",
+        "embeddings": "embed",
         "recipes": "recipe",
         "testing": "tiny_model toy_groups toy_corpus",
         "index": "search",

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['HOME', 'InputError', 'check_range', 'how_to_install', 'need', 'check_folder', 'atomic_path', 'write_text',
-           'write_json', 'fingerprint', 'cache_folder', 'precision_of', 'Runtime', 'live_kernel', 'runtime', 'set_seed',
-           'versions']
+           'write_json', 'fingerprint', 'cache_folder', 'precision_of', 'Runtime', 'live_kernel', 'runtime',
+           'device_list', 'spread', 'set_seed', 'versions']
 
 # %% ../nbs/00_core.ipynb #e50ab0aa
 import hashlib, importlib, json, os, platform, shutil, sys, tempfile
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 # %% ../nbs/00_core.ipynb #bc5bf852
 class InputError(ValueError):
@@ -215,6 +217,46 @@ def runtime() -> Runtime:
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     name, flags = _cpu_facts()
     return Runtime(device, name, precision_of(None, flags if device == "cpu" else ""), _memory_gb(), **here)
+
+# %% ../nbs/00_core.ipynb #636f447d
+def device_list(
+    devices=None, # names of torch devices, like ["cuda:0", "cuda:1"]; one name; None for the best there is
+) -> list: # of names
+    "The devices to compute on; an `InputError` for one that this machine does not have."
+    import torch
+    if devices is None: return [runtime().device]
+    names = [str(o) for o in (devices if isinstance(devices, (list, tuple)) else [devices])]
+    if not names: raise InputError("an empty list", "devices", 'at least one device, as in devices=["cpu"]')
+    for name in names:
+        try: torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"{name!r} cannot be used: {str(error).splitlines()[0]}", "devices", "devices of this machine") from error
+    return names
+
+
+def spread(
+    items, # anything that can be gone through; the next one is made when a worker is near
+    workers:list, # functions of an item, one for each device
+): # of what the workers return, in the order in which they are ready
+    "Give each item to a worker that is free. Each worker has a thread; one alone needs none."
+    if len(workers) == 1:
+        yield from map(workers[0], items)
+        return
+    free = SimpleQueue()
+    for worker in workers: free.put(worker)
+    def one(item):
+        worker = free.get()
+        try: return worker(item)
+        finally: free.put(worker)
+    pool, pending = ThreadPoolExecutor(len(workers)), set()
+    try:
+        for item in items:
+            pending.add(pool.submit(one, item))
+            if len(pending) < 2*len(workers): continue
+            ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for o in ready: yield o.result()
+        for o in pending: yield o.result()
+    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/00_core.ipynb #9ee4050a
 def set_seed(

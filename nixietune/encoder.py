@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'POOLING', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of',
-           'instruction_format', 'query_prompts', 'plan_forwards', 'make_features', 'tokens_in', 'budget_of', 'encode',
-           'to_device', 'text_forwards', 'autocast', 'check_layout', 'local_path', 'check_model_path', 'load_encoder',
-           'set_prompts', 'set_max_length', 'set_pooling', 'set_dropout']
+           'instruction_format', 'each_prompt', 'query_prompts', 'plan_forwards', 'make_features', 'tokens_in',
+           'budget_of', 'evaluating', 'model_on', 'encode', 'to_device', 'text_forwards', 'autocast', 'check_layout',
+           'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_pooling',
+           'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
-import importlib.util, os
+import copy, importlib.util, os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
-from .core import InputError
+from .core import device_list, InputError, spread
 from .display import hushed, Progress, say
 from .recipes import recipe
 from .tokens import bag, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
@@ -121,6 +124,19 @@ def instruction_format(
     return found
 
 
+def each_prompt(
+    model, # a SentenceTransformer
+    texts, # list of texts
+    role, # "query" or "document"
+    prompts=None, # one for all, or one a text; the model's own without it
+) -> list: # of texts
+    "The literal text before each text."
+    if prompts is None: prompts = prompt_of(model, role)
+    if not isinstance(prompts, (list, tuple)): return [prompts]*len(texts)
+    if len(prompts) != len(texts): raise InputError(f"{len(prompts):,} prompts for {len(texts):,} texts", "prompts", "one for all, or one a text")
+    return list(prompts)
+
+
 def query_prompts(
     model, # a SentenceTransformer
     given, # (prompt, instruction) of each query, None where it has none
@@ -189,7 +205,31 @@ def budget_of(
     return 10**6 if layout_of(model).name == "bag" else BUDGET.get(model.device.type, 4096)
 
 
-@torch.inference_mode()
+@contextmanager
+def evaluating(
+    model, # any module
+):
+    "The model in eval mode, and afterwards as it was."
+    training = model.training
+    model.eval()
+    try: yield model
+    finally: model.train(training)
+
+# %% ../nbs/21_encoder.ipynb #051aef55
+def model_on(
+    model, # a SentenceTransformer, or another module
+    device, # a torch device
+): # a model with the same weights: they are copied only where the device is another one
+    "A twin of a model on some device, for a thread of its own."
+    with torch.no_grad():
+        memo = {id(o): torch.nn.Parameter(o.detach().to(device), o.requires_grad) for o in model.parameters()}
+        memo |= {id(o): o.detach().to(device) for o in model.buffers()}
+    for name in ("tokenizer", "model_card_data"): memo |= {id(o): o for o in [getattr(model, name, None)] if o is not None}  # neither computes
+    twin = copy.deepcopy(model, memo)
+    if model in _layouts: _layouts[twin] = _layouts[model]
+    return twin
+
+# %% ../nbs/21_encoder.ipynb #5884b548
 def encode(
     model, # a SentenceTransformer
     texts, # list of texts
@@ -198,28 +238,37 @@ def encode(
     tokens_per_forward=None, # tokens that go through at once; by device without it
     prompts=None, # what goes before each text, instead of the model's prompt: one for all, or one a text
     progress=True, # show a bar?
+    devices=None, # torch devices that share the work, like ["cuda:0", "cuda:1"]; the model's own without it
+    keep_tokens=True, # keep the tokens of 1,000 texts or more on disk for the next time?
 ) -> np.ndarray: # float32[n, d]
     "Turn texts into vectors, in eval mode and full precision."
     texts = list(texts)
     if not texts: return np.zeros((0, model.get_embedding_dimension()), np.float32)
-    prompts = prompt_of(model, role) if prompts is None else prompts
-    each = prompts if isinstance(prompts, (list, tuple)) else [prompts]*len(texts)
+    each = each_prompt(model, texts, role, prompts)
     distinct = {pair: i for i, pair in enumerate(dict.fromkeys(zip(each, texts)))}
-    vectors, training = None, model.training
+    vectors = None
     bar = Progress(len(distinct), unit="texts", desc=f"encoding {'queries' if role == 'query' else 'documents'}") if progress else None
-    model.eval()
-    try:
-        for here, features in _inference_forwards(model, [*distinct], role, tokens_per_forward):
-            out = model(to_device(features, model.device))["sentence_embedding"].float().cpu().numpy()
-            if vectors is None: vectors = np.empty((len(distinct), out.shape[1]), np.float32)
-            vectors[here] = out
-            if bar: bar.update(len(here))
-    finally:
-        model.train(training)
-        if bar: bar.close()
+    layout_of(model)
+    with evaluating(model):
+        models = [model] if devices is None else [model_on(model, o) for o in device_list(devices)]
+        forwards = _inference_forwards(model, [*distinct], role, tokens_per_forward or budget_of(models[0]), keep_tokens)
+        try:
+            for here, out in spread(forwards, [partial(_forward, o) for o in models]):
+                if vectors is None: vectors = np.empty((len(distinct), out.shape[1]), np.float32)
+                vectors[here] = out
+                if bar: bar.update(len(here))
+        finally:
+            if bar: bar.close()
     if getattr(model, "truncate_dim", None): vectors = np.ascontiguousarray(vectors[:, :model.truncate_dim])
     if normalize: vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors[[distinct[pair] for pair in zip(each, texts)]]
+
+# %% ../nbs/21_encoder.ipynb #ca41485b
+@torch.inference_mode()
+def _forward(model, item):
+    "The vectors of one forward, and whose they are."
+    here, features = item
+    return here, model(to_device(features, model.device))["sentence_embedding"].float().cpu().numpy()
 
 # %% ../nbs/21_encoder.ipynb #68e1cc8c
 def to_device(
@@ -230,16 +279,16 @@ def to_device(
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()}
 
 
-def _inference_forwards(model, pairs, role, budget):
+def _inference_forwards(model, pairs, role, budget, keep_tokens):
     "Forwards of distinct (prompt, text) pairs, made as they are needed; the longest first: memory runs out at once or never."
     layout, prompts, texts = layout_of(model), [p for p, _ in pairs], [t for _, t in pairs]
     if layout.name == "text":
         yield from text_forwards(model, texts, role, prompts)
         return
     if layout.name == "padded": layout = replace(layout, name="bucketed")  # padding is for training comparisons only
-    store = tokenize(model, texts, role, prompts[0] if len(set(prompts)) == 1 else prompts, keep=len(texts) >= 1000)
+    store = tokenize(model, texts, role, prompts[0] if len(set(prompts)) == 1 else prompts, keep=keep_tokens and len(texts) >= 1000)
     lengths, prompt_lengths = store.lengths, store.prompt_lengths
-    plan = plan_forwards(layout, lengths, budget or budget_of(model), prompt_lengths)
+    plan = plan_forwards(layout, lengths, budget, prompt_lengths)
     for here in sorted(plan, key=lambda o: -lengths[o].max()):
         yield here, make_features(layout, [store[i] for i in here], prompt_lengths[here[0]])
 

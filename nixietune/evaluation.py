@@ -321,12 +321,12 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../nbs/31_evaluation.ipynb #e242a8d8
-SIMILARITIES = {"cosine": "cos", "dot": "ip"} # as sentence-transformers calls them -> the metric of `search`
+SIMILARITIES = {"cosine": "cos", "dot": "ip", "euclidean": "l2"} # as sentence-transformers calls them -> the metric of `search`
 
 
 def similarity_of(
     model, # a SentenceTransformer or a function
-) -> str: # "cos" or "ip"
+) -> str: # "cos", "ip" or "l2"
     "The similarity that a model was made for."
     name = getattr(model, "similarity_fn_name", None) or "cosine"
     if str(name) not in SIMILARITIES:
@@ -340,12 +340,17 @@ def encode_texts(
     role:str, # "query" or "document"
     prompts:list=None, # (prompt, instruction) of each text, as its group has it; the model's own prompt without it
     progress:bool=True, # show it? (a function shows what it likes)
+    cache=None, # a folder where vectors are kept: `embed`
+    devices=None, # torch devices that share the work
 ) -> "numpy.ndarray": # float [texts, dimension]
     "The vectors of texts, each distinct text encoded once."
     import numpy as np
     if hasattr(model, "encode"):
+        from nixietune.embeddings import embed
         from nixietune.encoder import encode, query_prompts
-        return encode(model, texts, role, prompts=query_prompts(model, prompts) if prompts else None, progress=progress)
+        given = dict(role=role, prompts=query_prompts(model, prompts) if prompts else None, progress=progress, devices=devices)
+        return embed(model, texts, cache=cache, **given) if cache else encode(model, texts, **given)
+    if cache: raise InputError("a cache for a function", "evaluate", "a SentenceTransformer: nobody sees when a function changes")
     whole = [(prompt or "") + text for (prompt, _), text in zip(prompts, texts)] if prompts else texts
     numbers = {o: i for i, o in enumerate(dict.fromkeys(whole))}
     vectors = np.asarray(model(list(numbers), role))
@@ -391,15 +396,17 @@ def evaluate(
     missing:str="error", # positives that are not in the corpus: "error", "add" them to it, "count" them as never found
     threshold:float=None, # the least grade that is relevant to metrics without grades; None: anything above 0
     progress:bool=True, # show how the encoding goes?
+    cache=None, # a folder where vectors are kept, True for one that all your runs share; without it all is encoded each time
+    devices=None, # torch devices that share encoding and search, like ["cuda:0", "cuda:1"]
 ) -> Evaluation: # metrics, one row for each query, the ranking
     "Search the corpus for every query, exactly, and measure how well the documents that answer it are found."
     import numpy as np
     k = max([k, *(cutoff for _, cutoff in map(metric_parts, metrics))])
     problem = relevance(groups, corpus, missing, threshold)
     similarity = similarity_of(model)
-    queries = encode_texts(model, problem.queries, "query", problem.prompts, progress)
-    documents = encode_texts(model, problem.texts, "document", progress=progress)
-    scores, rows = search(queries, documents, k, similarity)
+    queries = encode_texts(model, problem.queries, "query", problem.prompts, progress, cache, devices)
+    documents = encode_texts(model, problem.texts, "document", None, progress, cache, devices)
+    scores, rows = search(queries, documents, k, similarity, devices=devices)
     run = Run(problem.query_ids, problem.doc_ids, rows.astype("int32"), scores)
     values = measure_run(rows, problem.grades, metrics, threshold)
     if hasattr(model, "encode"): problem.facts["instructions"] = 0

@@ -45,3 +45,10 @@ def test_choosing(tmp_path):
 def test_mining(tmp_path):
     found = run(tmp_path, "mining", "--work", str(tmp_path / "work"))[1]
     assert {o["way"] for o in found["summary"]} == {"nixietune", "sentence-transformers"} and found["planted"]["rows"][0]["both (default)"] == 0
+
+
+def test_search(tmp_path):
+    "All ways give the same answer but an index, which may miss some and says how many."
+    found = run(tmp_path, "search", "--folder", str(tmp_path))[1]["rows"]
+    assert [o["way"] for o in found][:2] == ["faiss, IndexFlatIP", "nixietune, torch"] and len(found) == 5
+    for o in found: assert o["equal"] > 0.999 and o["difference"] < 1e-5 if "ivf" not in o["way"] else "recall@10 is" in o["said"]

@@ -1,9 +1,11 @@
 "What only a GPU can show. Everything but the kernels themselves also runs on the processor, so that the code below is never left untried."
+import numpy as np
 import pytest
 import torch
 
 from nixietune.batching import index_groups, sampler_of, source_of
 from nixietune.encoder import encode, layout_of, make_features, plan_forwards, prepare, to_device
+from nixietune.index import search
 from nixietune.losses import InfoNCE
 from nixietune.planning import choose_layout, kept_bytes, layout_rates, plan
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
@@ -85,3 +87,25 @@ def test_encode_on_the_gpu():
     here = encode(model, TEXTS, progress=False)
     there = encode(model.to("cuda"), TEXTS, progress=False)
     assert abs(here - there).max() < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("metric", ["cos", "ip", "l2"])
+def test_search_gives_the_same_rows(device, backend, metric):
+    "On the device, on it and the processor together, and on the processor."
+    q, d = (np.random.default_rng(i).standard_normal((n, 48)).astype("float16") for i, n in enumerate((300, 9000)))
+    scores, rows = search(q, d, 30, metric, "torch", ["cpu"])
+    for devices in ([device], [device, "cpu"]):
+        found = search(q, d, 30, metric, backend, devices)
+        np.testing.assert_array_equal(found[0], scores)
+        np.testing.assert_array_equal(found[1], rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_encode_as_one(device):
+    "The model stays where it is; its twins compute."
+    model, texts = tiny_model(), toy_corpus()["text"]
+    expected = encode(model, texts, progress=False)
+    np.testing.assert_allclose(encode(model, texts, progress=False, devices=[device, "cpu"]), expected, atol=1e-5)
+    assert model.device.type == "cpu"
