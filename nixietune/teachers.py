@@ -42,10 +42,14 @@ class Vectors:
         if self._array is None: self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
         return np.asarray(self._array[rows], np.float32)
 
+    @property
+    def order(self): # sorted keys, and the row of each
+        if self._order is None: self._order = sort_keys(np.load(self.keys) if isinstance(self.keys, str) else self.keys)
+        return self._order
+
     def rows_of(self, texts, role):
         "int64[n], where the vectors of texts stand; an `InputError` if some are not there."
-        if self._order is None: self._order = sort_keys(np.load(self.keys) if isinstance(self.keys, str) else self.keys)
-        rows = find_keys(self._order, text_keys(texts, role if self.roles else ""))
+        rows = find_keys(self.order, text_keys(texts, role if self.roles else ""))
         if len(missing := np.flatnonzero(rows < 0)):
             what = {"query": "queries", "document": "documents"}[role]
             raise InputError(f"{len(missing):,} of {len(rows):,} {what} have no vector, the first is {texts[missing[0]][:60]!r}", self.path, "a vector of every text")
@@ -235,7 +239,7 @@ def join_vectors(
     if not isinstance(teachers, (list, tuple)) or len(teachers) < 2: raise InputError(f"{teachers!r}", "join_vectors", "a list of two teachers or more")
     given = [o if isinstance(o, Vectors) else load_vectors(o) for o in teachers]
     if Path(path).exists(): raise InputError("is there already", str(path), "a name that is free")
-    orders = [_in_order(o.keys) for o in given]
+    orders = [o.order for o in given]
     for one, (keys, _) in zip(given, orders):
         if one.roles != given[0].roles or not np.array_equal(keys, orders[0][0]): raise InputError("holds vectors of other texts than the first", one.path, "teachers of the same texts")
     keys, dim = orders[0][0], sum(o.dim for o in given)
