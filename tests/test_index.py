@@ -341,6 +341,14 @@ def test_a_damaged_shard_is_encoded_again(harm, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().out
 
 
+def test_what_is_cut_is_counted_once(tmp_path, capsys):
+    model = tiny_model()
+    set_max_length(model, 6)
+    embed(model, TEXTS + ["a"], cache=tmp_path, piece=7, devices=["cpu", "cpu"], progress=False)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{len(TEXTS)} of {len(TEXTS) + 1} texts fill the maximum length of 6 tokens" in said
+
+
 def test_too_large_for_half_precision(tmp_path):
     model = tiny_model("static")
     with torch.no_grad(): model[0].embedding.weight.mul_(1e6)
