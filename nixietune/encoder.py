@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'POOLING', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of',
            'instruction_format', 'each_prompt', 'query_prompts', 'plan_forwards', 'make_features', 'tokens_in',
-           'budget_of', 'evaluating', 'model_on', 'encode', 'to_device', 'text_forwards', 'autocast', 'check_layout',
-           'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_pooling',
-           'set_dropout']
+           'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'to_device', 'text_forwards', 'autocast',
+           'check_layout', 'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length',
+           'set_pooling', 'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import copy, importlib.util, os
@@ -22,7 +22,7 @@ import torch
 from .core import device_list, InputError, spread
 from .display import hushed, Progress, say
 from .recipes import recipe
-from .tokens import bag, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
+from .tokens import bag, length_limit, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
 
 # %% ../nbs/21_encoder.ipynb #1b2a135b
 PACKABLE = {"bert": 0, "distilbert": 0, "electra": 0, "modernbert": 0, "qwen2": 0, "qwen3": 0,
@@ -220,14 +220,23 @@ def model_on(
     model, # a SentenceTransformer, or another module
     device, # a torch device
 ): # a model with the same weights: they are copied only where the device is another one
-    "A twin of a model on some device, for a thread of its own."
+    "A twin of a model on some device, in eval mode, for a thread of its own."
     with torch.no_grad():
         memo = {id(o): torch.nn.Parameter(o.detach().to(device), o.requires_grad) for o in model.parameters()}
         memo |= {id(o): o.detach().to(device) for o in model.buffers()}
     for name in ("tokenizer", "model_card_data"): memo |= {id(o): o for o in [getattr(model, name, None)] if o is not None}  # neither computes
-    twin = copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo).eval()
     if model in _layouts: _layouts[twin] = _layouts[model]
     return twin
+
+
+def twins_of(
+    model, # a SentenceTransformer, or another module
+    devices, # torch devices; what is a module already stays as it is
+) -> list: # of modules
+    "A twin of the model for each device."
+    if isinstance(devices, (list, tuple)) and all(isinstance(o, torch.nn.Module) for o in devices) and devices: return list(devices)
+    return [model_on(model, o) for o in device_list(devices)]
 
 # %% ../nbs/21_encoder.ipynb #5884b548
 def encode(
@@ -238,8 +247,8 @@ def encode(
     tokens_per_forward=None, # tokens that go through at once; by device without it
     prompts=None, # what goes before each text, instead of the model's prompt: one for all, or one a text
     progress=True, # show a bar?
-    devices=None, # torch devices that share the work, like ["cuda:0", "cuda:1"]; the model's own without it
-    keep_tokens=True, # keep the tokens of 1,000 texts or more on disk for the next time?
+    devices=None, # torch devices that share the work, like ["cuda:0", "cuda:1"], or twins on them; the model's own without it
+    facts=None, # a Counter, for a caller with many pieces: texts that fill the maximum length; then no tokens are kept on disk
 ) -> np.ndarray: # float32[n, d]
     "Turn texts into vectors, in eval mode and full precision."
     texts = list(texts)
@@ -250,8 +259,8 @@ def encode(
     bar = Progress(len(distinct), unit="texts", desc=f"encoding {'queries' if role == 'query' else 'documents'}") if progress else None
     layout_of(model)
     with evaluating(model):
-        models = [model] if devices is None else [model_on(model, o) for o in device_list(devices)]
-        forwards = _inference_forwards(model, [*distinct], role, tokens_per_forward or budget_of(models[0]), keep_tokens)
+        models = [model] if devices is None else twins_of(model, devices)
+        forwards = _inference_forwards(model, [*distinct], role, tokens_per_forward or budget_of(models[0]), facts)
         try:
             for here, out in spread(forwards, [partial(_forward, o) for o in models]):
                 if vectors is None: vectors = np.empty((len(distinct), out.shape[1]), np.float32)
@@ -279,15 +288,16 @@ def to_device(
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()}
 
 
-def _inference_forwards(model, pairs, role, budget, keep_tokens):
+def _inference_forwards(model, pairs, role, budget, facts):
     "Forwards of distinct (prompt, text) pairs, made as they are needed; the longest first: memory runs out at once or never."
     layout, prompts, texts = layout_of(model), [p for p, _ in pairs], [t for _, t in pairs]
     if layout.name == "text":
         yield from text_forwards(model, texts, role, prompts)
         return
     if layout.name == "padded": layout = replace(layout, name="bucketed")  # padding is for training comparisons only
-    store = tokenize(model, texts, role, prompts[0] if len(set(prompts)) == 1 else prompts, keep=keep_tokens and len(texts) >= 1000)
+    store = tokenize(model, texts, role, prompts[0] if len(set(prompts)) == 1 else prompts, keep=facts is None and len(texts) >= 1000)
     lengths, prompt_lengths = store.lengths, store.prompt_lengths
+    if facts is not None: facts["full"] += int((lengths >= length_limit(model, role)).sum())
     plan = plan_forwards(layout, lengths, budget, prompt_lengths)
     for here in sorted(plan, key=lambda o: -lengths[o].max()):
         yield here, make_features(layout, [store[i] for i in here], prompt_lengths[here[0]])

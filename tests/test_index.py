@@ -270,7 +270,7 @@ def test_roles_prompts_and_types_are_apart(tmp_path):
 
 def test_a_new_text_adds_only_itself(tmp_path, monkeypatch):
     model, asked = tiny_model(), []
-    monkeypatch.setattr(embeddings, "encode", lambda model, texts, **kw: asked.append(texts) or encode(model, texts, **kw))
+    monkeypatch.setattr(embeddings, "encode", lambda model, texts, *args, **kw: asked.append(texts) or encode(model, texts, *args, **kw))
     embed(model, TEXTS, cache=tmp_path, progress=False)
     found = embed(model, ["new", TEXTS[3], "new", ""], cache=tmp_path, progress=False)
     assert asked == [TEXTS, ["new", ""]]
@@ -313,10 +313,10 @@ def test_killed_and_going_on(tmp_path):
 def test_stopped_by_hand_loses_nothing(tmp_path, monkeypatch):
     "The stop button: what was encoded since the last write is written, too."
     asked = []
-    def stops(model, texts, **kw):
+    def stops(model, texts, *args, **kw):
         if len(asked) == 3: raise KeyboardInterrupt
         asked.append(texts)
-        return encode(model, texts, **kw)
+        return encode(model, texts, *args, **kw)
     monkeypatch.setattr(embeddings, "encode", stops)
     with pytest.raises(KeyboardInterrupt): embed(tiny_model(), TEXTS, cache=tmp_path, piece=10, every=1e9, progress=False)
     assert [len(np.load(o)) for o in shards(tmp_path)] == [30]
@@ -341,6 +341,14 @@ def test_a_damaged_shard_is_encoded_again(harm, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().out
 
 
+def test_what_is_cut_is_counted_once(tmp_path, capsys):
+    model = tiny_model()
+    set_max_length(model, 6)
+    embed(model, TEXTS + ["a"], cache=tmp_path, piece=7, devices=["cpu", "cpu"], progress=False)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{len(TEXTS)} of {len(TEXTS) + 1} texts fill the maximum length of 6 tokens" in said
+
+
 def test_too_large_for_half_precision(tmp_path):
     model = tiny_model("static")
     with torch.no_grad(): model[0].embedding.weight.mul_(1e6)
@@ -355,7 +363,7 @@ def test_a_file_in_the_way(tmp_path):
 
 def test_evaluate_reads_the_cache(tmp_path, monkeypatch):
     model, asked = tiny_model(), []
-    monkeypatch.setattr(embeddings, "encode", lambda model, texts, **kw: asked.append(len(texts)) or encode(model, texts, **kw))
+    monkeypatch.setattr(embeddings, "encode", lambda model, texts, *args, **kw: asked.append(len(texts)) or encode(model, texts, *args, **kw))
     runs = [evaluate(model, toy_groups(40), toy_corpus(), cache=tmp_path, progress=False) for _ in range(2)]
     assert asked == [40, 180] and runs[0].metrics == runs[1].metrics == evaluate(model, toy_groups(40), toy_corpus(), progress=False).metrics
     with pytest.raises(InputError, match="a cache for a function"): evaluate(lambda texts, role: np.ones((len(texts), 2)), toy_groups(4), toy_corpus(), cache=tmp_path)
