@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'POOLING', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of',
            'instruction_format', 'each_prompt', 'query_prompts', 'plan_forwards', 'make_features', 'tokens_in',
-           'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'to_device', 'text_forwards', 'autocast',
-           'check_layout', 'local_path', 'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length',
-           'set_pooling', 'set_dropout']
+           'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'encode_together', 'to_device', 'text_forwards',
+           'autocast', 'check_layout', 'local_path', 'check_model_path', 'load_encoder', 'set_prompts',
+           'set_max_length', 'set_pooling', 'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import copy, importlib.util, os
@@ -19,6 +19,8 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from .core import device_list, InputError, spread
 from .display import hushed, Progress, say
 from .recipes import recipe
@@ -271,6 +273,24 @@ def encode(
     if getattr(model, "truncate_dim", None): vectors = np.ascontiguousarray(vectors[:, :model.truncate_dim])
     if normalize: vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors[[distinct[pair] for pair in zip(each, texts)]]
+
+# %% ../nbs/21_encoder.ipynb #ab1aeee1
+def encode_together(
+    model, # a SentenceTransformer, the same in every process
+    texts, # list of texts, the same in every process
+    role="document", # "query" or "document"
+    prompts=None, # as for `encode`
+    **options, # as for `encode`
+) -> np.ndarray: # float32[n, d]
+    "The vectors that `encode` gives, by all processes of a run; every one of them has to call it."
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    each = each_prompt(model, texts, role, prompts)
+    if size == 1 or len(texts) < size or any(isinstance(o, DTensor) for o in model.parameters()): return encode(model, texts, role, prompts=each, **options)
+    own = torch.from_numpy(encode(model, texts[rank::size], role, prompts=each[rank::size], **options)).to(model.device)
+    most = -(-len(texts)//size)
+    found = [own.new_empty(most, own.shape[1]) for _ in range(size)]
+    dist.all_gather(found, torch.cat([own, own.new_zeros(most - len(own), own.shape[1])]))
+    return torch.stack(found, 1).flatten(0, 1)[:len(texts)].cpu().numpy()  # the n-th text was read by process n % size
 
 # %% ../nbs/21_encoder.ipynb #ca41485b
 @torch.inference_mode()

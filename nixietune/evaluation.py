@@ -342,14 +342,15 @@ def encode_texts(
     progress:bool=True, # show it? (a function shows what it likes)
     cache=None, # a folder where vectors are kept: `embed`
     devices=None, # torch devices that share the work
+    together=False, # do all processes of a run call this at the same time?
 ) -> "numpy.ndarray": # float [texts, dimension]
     "The vectors of texts, each distinct text encoded once."
     import numpy as np
     if hasattr(model, "encode"):
         from nixietune.embeddings import embed
-        from nixietune.encoder import encode, query_prompts
+        from nixietune.encoder import encode, encode_together, query_prompts
         given = dict(role=role, prompts=query_prompts(model, prompts) if prompts else None, progress=progress, devices=devices)
-        return embed(model, texts, cache=cache, **given) if cache else encode(model, texts, **given)
+        return embed(model, texts, cache=cache, **given) if cache else (encode_together if together else encode)(model, texts, **given)
     if cache: raise InputError("a cache for a function", "evaluate", "a SentenceTransformer: nobody sees when a function changes")
     whole = [(prompt or "") + text for (prompt, _), text in zip(prompts, texts)] if prompts else texts
     numbers = {o: i for i, o in enumerate(dict.fromkeys(whole))}
@@ -398,14 +399,15 @@ def evaluate(
     progress:bool=True, # show how the encoding goes?
     cache=None, # a folder where vectors are kept, True for one that all your runs share; without it all is encoded each time
     devices=None, # torch devices that share encoding and search, like ["cuda:0", "cuda:1"]
+    together=False, # do all processes of a run measure at the same time, and share the encoding?
 ) -> Evaluation: # metrics, one row for each query, the ranking
     "Search the corpus for every query, exactly, and measure how well the documents that answer it are found."
     import numpy as np
     k = max([k, *(cutoff for _, cutoff in map(metric_parts, metrics))])
     problem = relevance(groups, corpus, missing, threshold)
     similarity = similarity_of(model)
-    queries = encode_texts(model, problem.queries, "query", problem.prompts, progress, cache, devices)
-    documents = encode_texts(model, problem.texts, "document", None, progress, cache, devices)
+    queries = encode_texts(model, problem.queries, "query", problem.prompts, progress, cache, devices, together)
+    documents = encode_texts(model, problem.texts, "document", None, progress, cache, devices, together)
     scores, rows = search(queries, documents, k, similarity, devices=devices)
     run = Run(problem.query_ids, problem.doc_ids, rows.astype("int32"), scores)
     values = measure_run(rows, problem.grades, metrics, threshold)

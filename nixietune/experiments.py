@@ -123,9 +123,9 @@ def finetune(
     trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing,
                       teachers=teachers, guide=guide, callbacks=callbacks)
     seconds = {}
-    with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing)
+    with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing, together=True)
     with timed(seconds, "training"): trainer.train(resume)
-    with timed(seconds, "evaluation"): after = evaluate(model, test, corpus, missing=missing)
+    with timed(seconds, "evaluation"): after = evaluate(model, test, corpus, missing=missing, together=True)
     sizes = {"train": len(train), "dev": len(dev) if dev is not None else 0, "test": len(test), "corpus": len(corpus)}
     facts = {"groups": sizes, "training": facts_of(trainer), "seconds": seconds, "versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
     return Result(model, before, after, compare(before, after), used_recipe(trainer), trainer.state.log_history, facts)

@@ -189,7 +189,7 @@ class DevEvaluator(BaseEvaluator):
         self.groups, self.corpus, self.missing, self.primary_metric, self.greater_is_better = groups, corpus, missing, metric, True
 
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-        return dict(evaluate(model, self.groups, self.corpus, missing=self.missing, progress=False).metrics)
+        return dict(evaluate(model, self.groups, self.corpus, missing=self.missing, progress=False, together=True).metrics)
 
 # %% ../nbs/62_training.ipynb #aafb5ac8
 def first(

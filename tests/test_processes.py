@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from nixietune.batching import BatchKey, batch_labels, index_groups, Source
 from nixietune.checkpoints import last_checkpoint
 from nixietune.distillation import DistillVectors
+from nixietune.encoder import encode, encode_together
 from nixietune.groups import make_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
 from nixietune.objectives import Matryoshka, Objective
@@ -93,6 +94,8 @@ def reader(rank, parts, names, folder):
         gathered = [torch.empty_like(own) for _ in parts]
         dist.all_gather(gathered, own)
         found[name, cached] = loss, gradient / len(parts), gathered  # the mean, as data-parallel training takes it
+    texts = [o["query"] for o in groups()] + ["one more"]
+    found["vectors"] = encode_together(start, texts, "query", progress=False), encode(start, texts, "query", progress=False)
     source.budget = (25, 60)[rank]  # unequal numbers of forwards
     for cached in (False, True):
         found["sharded", cached] = *step(parts[rank], objective_of("KL and InfoNCE"), start, source, cached, sharded)[:2], len(source[BatchKey(0, 0, parts[rank], 0)]["packs"])
@@ -105,7 +108,7 @@ def test_two_processes(tmp_path):
     torch.set_num_threads(1)
     start, source = beginning(tmp_path)
     mp.spawn(reader, (parts, names, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
+    found = [torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(2)]
     loss, gradient, _ = step(sum(parts, ()), objective_of("KL and InfoNCE"), start, source)
     assert len({one["sharded", False][2] for one in found}) == 2, "the processes have unequal numbers of forwards"
     for one in found:
@@ -113,6 +116,7 @@ def test_two_processes(tmp_path):
             theirs, divided, _ = one["sharded", cached]
             assert theirs == pytest.approx(loss, rel=1e-5, abs=1e-5)
             assert (divided - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), "weights divided among processes"
+    for one in found: assert one["vectors"][0] == pytest.approx(one["vectors"][1], abs=1e-6), "every process encodes a share, and gets all"
     for name, cached in names:
         loss, gradient, own = step(sum(parts, ()), objective_of(name), start, source)
         assert gradient.abs().max() > 1e-4, name
