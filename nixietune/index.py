@@ -122,20 +122,20 @@ def _keep_better(best, rows, tile, start):
     import torch
     q, b = tile.shape
     if b % GROUP: tile = torch.nn.functional.pad(tile, (0, -b % GROUP), value=-torch.inf)
-    groups = tile.view(q, GROUP, -1)
-    better = groups.amax(1) > best.amin(1, keepdim=True)
-    counts = better.sum(1)
-    width = int(counts.max())
-    if not width: return best, rows
-    if 4*width*GROUP >= b: # many are better
+    groups, worst = tile.view(q, GROUP, -1), best.amin(1, keepdim=True)
+    which, group = (groups.amax(1) > worst).nonzero(as_tuple=True)
+    if 8*len(which)*GROUP > tile.numel(): # many are better
         new, at = tile.topk(min(best.shape[1], b), sorted=False)
         return _keep(best, rows, new, at + start)
-    which, group = better.nonzero(as_tuple=True)
+    scores = groups[which, :, group]
+    here, member = (scores > worst[which]).nonzero(as_tuple=True)
+    which, scores, numbers = which[here], scores[here, member], member*groups.shape[2] + group[here] + start
+    counts = torch.bincount(which, minlength=q)
     place = torch.arange(len(which), device=tile.device) - (counts.cumsum(0) - counts)[which] # 0, 1, ... for each query
-    new, at = tile.new_full((q, width, GROUP), -torch.inf), rows.new_zeros((q, width, GROUP))
-    new[which, place] = groups[which, :, group]
-    at[which, place] = group[:, None] + torch.arange(GROUP, device=tile.device)*groups.shape[2] + start
-    return _keep(best, rows, new.flatten(1), at.flatten(1))
+    new = tile.new_full((q, int(counts.max())), -torch.inf)
+    at = torch.zeros_like(new, dtype=rows.dtype)
+    new[which, place], at[which, place] = scores, numbers
+    return _keep(best, rows, new, at)
 
 # %% ../nbs/30_search.ipynb #83d329a3
 def _torch_best(queries, documents, n, device):
