@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from nixietune.batching import BatchKey, batch_labels, index_groups, Source
 from nixietune.checkpoints import last_checkpoint
 from nixietune.distillation import DistillVectors
-from nixietune.foreign import SentenceTransformersLoss
 from nixietune.encoder import encode, encode_together
+from nixietune.foreign import SentenceTransformersLoss
 from nixietune.groups import make_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
 from nixietune.objectives import Matryoshka, Objective
