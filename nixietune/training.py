@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'WHAT', 'LEARN_TEMPERATURES_AT', 'Panel', 'main_measure', 'add_line', 'History',
            'Skipping', 'NotANumber', 'without_numbers', 'is_out_of_memory', 'make_room', 'CardCallback', 'DevEvaluator',
-           'first', 'Averaging', 'Epochs', 'guarded', 'together', 'Trainer', 'teacher_span', 'default_loss', 'food',
-           'remarks', 'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers', 'freeze_unused',
-           'where_to_resume', 'name_layers', 'used_memory', 'attention_dropout', 'pairs_in']
+           'first', 'Averaging', 'Epochs', 'guarded', 'together', 'Trainer', 'teacher_span', 'default_loss',
+           'objective_for', 'evaluator_for', 'food', 'remarks', 'vectors_for', 'check_datasets', 'learning_rates',
+           'whole_numbers', 'freeze_unused', 'where_to_resume', 'name_layers', 'used_memory', 'attention_dropout',
+           'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
 import json, os, time
@@ -74,7 +75,7 @@ class Panel(TrainerCallback):
         if self.bar: self.bar.close()
         self.bar = None
 
-
+# %% ../nbs/62_training.ipynb #915d59f9
 DEV = "eval_ndcg@10"
 
 
@@ -293,6 +294,9 @@ class _Logging(_Learning):
             self.parts = {}
         super().log(logs, start_time)
 
+    @property
+    def history(self): return History(self.state.log_history, main_measure(self.evaluator))
+
     def track_loss_components(self, loss):
         "Parts are shares of the whole step, as their sum is, and not every batch has all of them."
         for name, o in loss.items():
@@ -449,9 +453,6 @@ class _Running(_Enduring):
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
-    @property
-    def history(self): return History(self.state.log_history, main_measure(self.evaluator))
-
     def announcement(self,
         measured="", # why texts are fed as they are
     ) -> str:
@@ -473,7 +474,7 @@ class Trainer(_Running):
     def __init__(self,
         model, # a SentenceTransformer, or a name for `load_encoder`
         args, # `TrainingArguments`
-        groups, # Dataset of groups to train on, or a Dataset or pandas frame that `load_groups` reads
+        groups, # Dataset of groups to train on, or anything that `load_groups` reads, such as a Dataset with columns or a pandas frame
         dev=None, # Dataset of groups to measure on while training, see `eval_strategy`
         corpus=None, # Dataset of documents to search, for `dev`
         loss=None, # a loss, several, or an `Objective`, or a loss of sentence-transformers; InfoNCE at the recipe's temperature without it
@@ -484,15 +485,13 @@ class Trainer(_Running):
         callbacks=None, # transformers callbacks
         evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
     ):
-        groups, dev = as_groups(groups), None if dev is None else as_groups(dev, "dev")
+        groups, dev = as_groups(groups), dev if dev is None else as_groups(dev, "dev")
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
         elif args.forward != "auto": prepare(model, args.forward)
         self.recipe, self.logged, self.parts = recipe(model), None, {}
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
-        index = index_groups(groups, [o for o in (dev, *known) if o is not None], model, prompts=args.prompts)
-        loss = taken_loss(loss, model, index.names)
-        objective = loss if isinstance(loss, Objective) else Objective(loss or default_loss(self.recipe.temperature, index.arrays))
-        if isinstance(objective, PerDataset): check_datasets(objective, index.names, args)
+        index = index_groups(groups, [as_groups(o, "known groups") for o in (dev, *known) if o is not None], model, prompts=args.prompts)
+        objective = objective_for(loss, model, self.recipe.temperature, index, args)
         args.learning_rate_mapping, vectors = learning_rates(objective, args.learning_rate_mapping), vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
@@ -500,13 +499,11 @@ class Trainer(_Running):
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
-        cached = bool(together(int(self.plan.cache_gradients), args))  # as the most careful process has it
         freeze_unused(model, self.source, args)
         self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
-        if evaluator is not None and args.eval_strategy == "no": say("the evaluator is not asked: eval_strategy='epoch' or 'steps' says when")
-        evaluator = taken_evaluators(DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None, evaluator)
+        evaluator = evaluator_for(DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None, evaluator, args)
+        step = Step(model, objective, bool(together(int(self.plan.cache_gradients), args)), args.negatives_cross_device)  # as the most careful process has it
         name_layers(model)
-        step = Step(model, objective, cached, args.negatives_cross_device)
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts, evaluator), Stopping(lambda asked: together(asked, args)), Epochs()
@@ -532,6 +529,29 @@ def default_loss(
     "InfoNCE, and KL where there is a teacher."
     span = teacher_span(arrays)
     return InfoNCE(temperature) if np.isnan(span) else [InfoNCE(temperature), KL(temperature, temperature if span <= 2 else 1.0)]
+
+# %% ../nbs/62_training.ipynb #907e3de7
+def objective_for(
+    loss, # what the trainer was given
+    model, # the SentenceTransformer that is trained
+    temperature, # of the recipe
+    index, # an `Index`
+    args, # `TrainingArguments`
+) -> Objective:
+    "What is minimised; losses of sentence-transformers are taken as they are."
+    loss = taken_loss(loss, model, index.names)
+    if isinstance(loss, PerDataset): check_datasets(loss, index.names, args)
+    return loss if isinstance(loss, Objective) else Objective(loss or default_loss(temperature, index.arrays))
+
+
+def evaluator_for(
+    dev, # a `DevEvaluator`, or None
+    given, # evaluators of sentence-transformers, or None
+    args, # `TrainingArguments`
+): # an evaluator, or None
+    "What is measured while training; what was given and will not be asked is said."
+    if given is not None and args.eval_strategy == "no": say("the evaluator is not asked: eval_strategy='epoch' or 'steps' says when")
+    return taken_evaluators(dev, given)
 
 # %% ../nbs/62_training.ipynb #68333819
 def food(
