@@ -341,6 +341,15 @@ def _from_text(source, q, d, labels, places):
     return made
 
 # %% ../nbs/60_batching.ipynb #9e357071
+def _reorder(source, model, documents, before):
+    "Tokenise the orders of all long positives."
+    if source.layout.name == "text": raise InputError(f"shuffle_ratio={source.shuffle_ratio}", type(model[0]).__name__, "0 for this model, which is fed with texts")
+    long = [int(i) for i in np.unique(source.arrays.doc[source.arrays.kind == POS]) if len(documents[i]) > 100]
+    source.first = {doc: 6*n for n, doc in enumerate(long)}
+    texts, prompts = [text for i in long for text in reordered(documents[i])], [before[i] for i in long for _ in range(6)]
+    source.stores["reordered"] = tokenize(model, texts, "document", prompts)
+
+# %% ../nbs/60_batching.ipynb #74222edf
 class Source(torch.utils.data.Dataset):
     "Builds batches from keys."
     def __init__(self,
@@ -363,15 +372,7 @@ class Source(torch.utils.data.Dataset):
         else:
             one = lambda o: o[0] if len(set(o)) == 1 else list(o)
             self.stores = {"query": tokenize(model, queries, "query", one(prompts)), "document": tokenize(model, index.documents, "document", one(before) if before else None)}
-        if shuffle_ratio: self._reorder(model, index.documents, before)
-
-    def _reorder(self, model, documents, before):
-        "Tokenise the orders of all long positives."
-        if self.layout.name == "text": raise InputError(f"shuffle_ratio={self.shuffle_ratio}", type(model[0]).__name__, "0 for this model, which is fed with texts")
-        long = [int(i) for i in np.unique(self.arrays.doc[self.arrays.kind == POS]) if len(documents[i]) > 100]
-        self.first = {doc: 6*n for n, doc in enumerate(long)}
-        texts, prompts = [text for i in long for text in reordered(documents[i])], [before[i] for i in long for _ in range(6)]
-        self.stores["reordered"] = tokenize(model, texts, "document", prompts)
+        if shuffle_ratio: _reorder(self, model, index.documents, before)
 
     def __len__(self): return len(self.arrays.query)
 

@@ -111,7 +111,7 @@ def parser():
     for name, system in SYSTEMS.items(): commands.add_parser(name, help=f"fine-tune with the arguments of {system.name}: its command, with another program before it", add_help=False)
     return top
 
-
+# %% ../nbs/90_cli.ipynb #ef23035a
 def main(
     argv=None, # the arguments; those of the process without it
 ) -> int: # the exit code

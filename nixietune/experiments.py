@@ -123,13 +123,12 @@ def finetune(
         say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model = ready(model, max_length, dropout, args.get("forward", "auto"))
-    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, missing=missing,
-                      teachers=teachers, guide=guide, callbacks=callbacks, evaluator=evaluator)
-    seconds = {}
+    given, seconds = dict(loss=loss, missing=missing, teachers=teachers, guide=guide, callbacks=callbacks, evaluator=evaluator), {}
+    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, **given)
     with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing, together=True)
     with timed(seconds, "training"): trainer.train(resume)
     with timed(seconds, "evaluation"): after = evaluate(model, test, corpus, missing=missing, together=True)
-    sizes = {"train": len(train), "dev": len(dev) if dev is not None else 0, "test": len(test), "corpus": len(corpus)}
+    sizes = {name: len(o or ()) for name, o in {"train": train, "dev": dev, "test": test, "corpus": corpus}.items()}
     facts = {"groups": sizes, "training": facts_of(trainer), "seconds": seconds, "versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
     return Result(model, before, after, compare(before, after), used_recipe(trainer), trainer.state.log_history, facts)
 

@@ -495,7 +495,7 @@ class Trainer(_Running):
         args.learning_rate_mapping, vectors = learning_rates(objective, args.learning_rate_mapping), vectors_for(objective, index, {"teacher": teachers, "guide": guide})
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
-        whole_numbers(model)
+        for make_ready in (whole_numbers, name_layers): make_ready(model)
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
@@ -503,7 +503,6 @@ class Trainer(_Running):
         self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
         evaluator = evaluator_for(DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None, evaluator, args)
         step = Step(model, objective, bool(together(int(self.plan.cache_gradients), args)), args.negatives_cross_device)  # as the most careful process has it
-        name_layers(model)
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts, evaluator), Stopping(lambda asked: together(asked, args)), Epochs()
