@@ -106,7 +106,8 @@ def gather_batch(
     whole, first = union(parts)
     total = torch.tensor([labels.get("total", len(q))], device=q.device)
     dist.all_reduce(total)
-    return torch.cat(gathered(q)), torch.cat(gathered(d))[first], whole | {"total": int(total)}
+    same = {name: labels[name] for name in ("dataset",) if name in labels}  # all processes read one data set at a time
+    return torch.cat(gathered(q)), torch.cat(gathered(d))[first], whole | same | {"total": int(total)}
 
 # %% ../nbs/55_steps.ipynb #cbda0e3c
 def even(

@@ -22,7 +22,7 @@ from nixietune.encoder import encode, encode_together
 from nixietune.foreign import SentenceTransformersLoss
 from nixietune.groups import make_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
-from nixietune.objectives import Matryoshka, Objective
+from nixietune.objectives import Matryoshka, Objective, PerDataset
 from nixietune.steps import Step, union
 from nixietune.testing import tiny_model, toy_groups
 from nixietune.training import Trainer, TrainingArguments
@@ -41,6 +41,7 @@ OBJECTIVES = {
     "BatchKL": lambda: BatchKL(),
     "online contrastive": lambda: Contrastive(online=True),
     "Triplet": lambda: Triplet(0.2, True, "cos"),
+    "a loss for the data set": lambda: PerDataset({"birds": InfoNCE(0.1)}),
     "vectors": lambda: DistillVectors(dims=(32, 8), project=(32, 6)),
     "sentence-transformers": lambda: [SentenceTransformersLoss(theirs.MultipleNegativesRankingLoss(holder())), SentenceTransformersLoss(theirs.SoftmaxLoss(holder(), 32, 2))],
 }
@@ -64,7 +65,7 @@ def groups():
 
 def step(rows, objective, start, source, cached=False, wrap=lambda model: model):
     model, batch = wrap(deepcopy(start)), source[BatchKey(0, 0, rows, 0)]
-    label = batch["label"]
+    label = batch["label"] | {"dataset": "birds"}
     numbers = torch.cat([label["q_id"] + 1000, label["d_id"]])  # made from ids, so that they are the same wherever a text is read
     def drawn(n, of): return torch.stack([torch.randn(n, generator=torch.Generator().manual_seed(int(o))) for o in of])
     label["teacher"] = drawn(1, label["edges"][0] * 0 + label["d_id"][label["edges"][1]]).squeeze(1)
