@@ -34,6 +34,7 @@ _NAMES = {
         "training": "Trainer",
         "experiments": "finetune",
         "tuning": "tune",
+        "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
         "launching": "launch",
         "report": "write_run",
     }.items()
