@@ -93,7 +93,8 @@ def slerp(
     t, # how far from a to b, 0 to 1
 ) -> torch.Tensor:
     "Spherical linear interpolation of two tensors, each taken as one vector (Shoemake 1985)."
-    lengths = [torch.linalg.vector_norm(o).clamp(min=torch.finfo(a.dtype).tiny) for o in (a, b)]
+    lengths = [torch.linalg.vector_norm(o) for o in (a, b)]
+    if not all(lengths): return torch.lerp(a, b, t)
     apart, together = (torch.linalg.vector_norm(a/lengths[0] + sign*b/lengths[1]) for sign in (-1, 1))
     angle = 2*torch.atan2(apart.double(), together.double())
     if torch.sin(angle) < 1e-6: return torch.lerp(a, b, t)
@@ -335,7 +336,7 @@ def _folder_of(model, spare):
     if not isinstance(model, (str, Path)): raise InputError("a loaded model", "mix_models_by_layers", "names and folders; mix_models takes loaded models")
     folder = Path(local_path(model)).expanduser()
     if is_adapter(folder): return save_merged(loaded(folder), spare)
-    check_model_path(str(folder))
+    check_model_path(local_path(model))
     if folder.is_dir(): return folder
     from huggingface_hub import snapshot_download
     patterns = [f"*{o}" for o in (*_COPIED, ".safetensors", *_HEADS)]
@@ -391,10 +392,12 @@ def family_prompts(
 
 def _vocabulary(place):
     "Token -> number, of the tokenizer in a folder."
-    from tokenizers import Tokenizer
+    if (place/"tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+        return Tokenizer.from_file(str(place/"tokenizer.json")).get_vocab()
+    if not (place/"tokenizer_config.json").is_file(): return {}
     from transformers import AutoTokenizer
-    if (place/"tokenizer.json").is_file(): return Tokenizer.from_file(str(place/"tokenizer.json")).get_vocab()
-    with hushed(): return AutoTokenizer.from_pretrained(str(place)).get_vocab() if (place/"tokenizer_config.json").is_file() else {}
+    with hushed(): return AutoTokenizer.from_pretrained(str(place)).get_vocab()
 
 # %% ../nbs/70_merging.ipynb #c8c80df4
 def mix_heads(
@@ -529,7 +532,7 @@ def weights_from_losses(
     if bad := [o for o in losses if not isfinite(o)]: raise InputError(f"a loss of {bad[0]}", "mix_models_with_data", "numbers: a model may be broken")
     return torch.softmax(-torch.tensor(losses, dtype=torch.float64)/temperature, 0).tolist()
 
-
+# %% ../nbs/70_merging.ipynb #d3e2ad4a
 def mix_models_with_data(
     models=None, # names, folders or loaded SentenceTransformers, fine-tuned from one base
     groups=None, # a few examples of the task: a Dataset of groups, or rows with query, pos, neg
