@@ -252,17 +252,18 @@ def mix_models(
             return _KINDS[model_type][0](mix_models_by_layers(models, weights, output_path or f"{spare}/mix", model_type, method))
     names, plain = _called(models), [loaded(o) for o in models]
     check_alike([facts_of_model(o) for o in plain], names)
-    result, states = _copy_of(plain[0]), [o.state_dict(keep_vars=True) for o in plain]
+    states = [o.state_dict(keep_vars=True) for o in plain]
+    result = _ready(deepcopy(plain[0]) if plain[0] is models[0] else plain[0], plain[0])  # what was loaded here may be written over
     fill(result, states, weights, names, shared_names(states, names), method)
     if output_path is not None: save_merged(result, output_path)
     return result
 
 
-def _copy_of(model):
-    "A copy of a model, fed as that is, whose weights can all be trained."
-    result, layout = deepcopy(model).eval().requires_grad_(True), layout_of(model).name
-    prepare(result, layout if layout in LAYOUTS else "auto")
-    return result
+def _ready(copy, model):
+    "A copy of a model, fed as that is, all of whose weights can be trained."
+    layout = layout_of(model).name
+    prepare(copy.eval().requires_grad_(True), layout if layout in LAYOUTS else "auto")
+    return copy
 
 # %% ../nbs/70_merging.ipynb #b405a72e
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -667,7 +668,7 @@ def merge_sweep(
     (base, tuned), _ = _checked([base, tuned], None, None, method, "encoder", "merge_sweep")
     names, plain, rows = ["the base", "the tuned model"], [loaded(base), loaded(tuned)], []
     check_alike([facts_of_model(o) for o in plain], names)
-    model, states = _copy_of(plain[0]), [o.state_dict(keep_vars=True) for o in plain]
+    model, states = _ready(deepcopy(plain[0]), plain[0]), [o.state_dict(keep_vars=True) for o in plain]
     shared = shared_names(states, names)
     def mixed(alpha): fill(model, states, [1 - alpha, alpha], names, shared, method)
     def measure(pair): return evaluate(model, *pair, k=1, metrics=(metric,), missing=missing, progress=False).metrics[metric]

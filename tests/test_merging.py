@@ -165,6 +165,20 @@ def test_prompts_of_the_family_are_kept(tmp_path, capsys):
     assert "e5-base holds no prompts; those of its family are saved" in said and "'query': 'query: '" in said and " in e5-base, {} in mine; the mix has the first" in said
 
 
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    "A name becomes a folder, without other formats of its weights, and its family's prompts are kept; what cannot be had is said."
+    import huggingface_hub
+    first, second = saved([tiny_model(), tiny_model(seed=1)], tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more["allow_patterns"])) or first)
+    out = nt.mix_models_by_layers(["intfloat/e5-base-v2", second], [0.5, 0.5], tmp_path / "mix")
+    assert asked[0][0] == "intfloat/e5-base-v2" and "*.safetensors" in asked[0][1] and "*.bin" not in asked[0][1]
+    assert SentenceTransformer(str(out), device="cpu").prompts["document"] == "passage: "
+    def offline(name, **more): raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match="intfloat/e5-base-v2: cannot be had from the Hub"): nt.mix_models_by_layers(["intfloat/e5-base-v2", second], None, tmp_path / "mix")
+
+
 def test_differences_are_said(tmp_path, capsys):
     first, second = tiny_model(pooling="cls", prompts={"query": "q: "}), tiny_model(seed=1, length=64)
     del second[2]
