@@ -38,6 +38,7 @@ _NAMES = {
         "experiments": "finetune",
         "tuning": "tune",
         "remining": "Remine",
+        "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
         "launching": "launch",
         "report": "write_run",
     }.items()
