@@ -224,7 +224,7 @@ def test_bm25_ranks_as_bm25s_does():
 
 def test_bm25_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(ImportError, match=r"nixietune\[mining\]"): mined(make([("a", ["p"])]), "bm25", corpus_of(["p", "x"]))
+    with pytest.raises(ImportError, match=r"nixietune\[bm25\]"): mined(make([("a", ["p"])]), "bm25", corpus_of(["p", "x"]))
 
 
 def test_names_of_miners():
