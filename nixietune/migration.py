@@ -92,7 +92,7 @@ FLAG_DATA = {
     "query_instruction_format": Rule("instruction_format", "", lambda value, given: {"instruction_format": joined_format(value, "query_instruction_format")}),
     "passage_instruction_for_retrieval": Rule("document_prompt", "", _prompt("document_prompt", "passage_instruction_format")),
     "passage_instruction_format": _together("document_prompt"),
-    "knowledge_distillation": _together("loss", note="KL or M3KD, by kd_loss_type"), "kd_loss_type": _together("loss", note="kl_div: InfoNCE and KL; m3_kd_loss: M3KD"),
+    "knowledge_distillation": _together("loss", note="KL or M3KD, by kd_loss_type"), "kd_loss_type": _together("loss", note="kl_div: InfoNCE and KL; m3_kd_loss: M3KD, and InfoNCE for queries without scores"),
     "shuffle_ratio": Rule("shuffle_ratio"), "same_dataset_within_batch": Rule("same_dataset_within_batch", "false mixes data sets, and task types keep their meaning"),
     "small_threshold": Rule("small_threshold"), "drop_threshold": Rule("drop_threshold"),
     "negatives_cross_device": Rule("negatives_cross_device", "false without it, as there; the gradient is that of the whole batch"),
@@ -113,7 +113,7 @@ def flag_settings(
     normal = truth("normlized" if old else "normalize_embeddings", True)
     t, like = 1.0 if old and not normal else float(given.get("temperature", 0.02)), "cos" if normal else "dot"
     contrast, kind = f"InfoNCE({t}, in_batch={truth('use_inbatch_neg', True)}, similarity={like!r})", given.get("kd_loss_type", "kl_div")
-    taught = {"kl_div": [contrast, f"KL({t}, 1.0, similarity={like!r})"], "m3_kd_loss": [f"M3KD({t}, 1.0, similarity={like!r})"]}
+    taught = {"kl_div": [contrast, f"KL({t}, 1.0, similarity={like!r})"], "m3_kd_loss": [f"M3KD({t}, 1.0, similarity={like!r})", contrast[:-1] + ", untaught=True)"]}
     if kind not in taught: raise InputError(f"kd_loss_type={kind!r}", "FlagEmbedding", " or ".join(map(repr, taught)))
     dims = whole_list(given.get("mrl_dims")) if truth("use_mrl", False) else None
     if dims == []: raise InputError("use_mrl without mrl_dims", "FlagEmbedding", "--mrl_dims 768 256 64")

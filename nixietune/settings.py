@@ -8,7 +8,7 @@ __all__ = ['TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'OURS', 'LOSSES', 'Option', 'r
            'arguments_of', 'run_settings']
 
 # %% ../nbs/88_settings.ipynb #b655351b
-import ast, re
+import ast, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from .core import check_folder, check_range, InputError
