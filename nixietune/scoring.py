@@ -14,6 +14,7 @@ import os, string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from inspect import signature
 from pathlib import Path
@@ -21,10 +22,10 @@ import json
 import numpy as np
 import torch
 from .auditing import items_of, sides_of
-from .core import check_range, fingerprint, InputError, need, runtime
+from .core import check_range, fingerprint, InputError, need, runtime, spread
 from .display import hushed, Progress, say, Table
 from .embeddings import weights_key
-from .encoder import BUDGET, check_model_path, DTYPES, encode, load_encoder, local_path
+from .encoder import BUDGET, check_model_path, DTYPES, encode, load_encoder, local_path, twins_of
 from .tables import content_id
 from .teachers import name_of, open_vectors, Vectors
 from .texts import numbered
@@ -77,23 +78,31 @@ def cross_encoder(
     model, # a CrossEncoder with one output
     max_length=None, # tokens of a pair that are read; the model's own without it
     tokens_per_forward=None, # tokens that go through at once; by device without it
+    query_length=None, # tokens of a query that are read; without it a query is only cut where it is longer than its document
+    devices=None, # torch devices that share the work, like ["cuda:0", "cuda:1"]; the model's own without it
 ) -> Scorer:
     "The logit of a cross-encoder."
     if model.num_labels != 1: raise InputError(f"{model.num_labels} numbers a pair", name_of(model), "a cross-encoder with one, or a function that makes one number of them")
     check_range("max_length", max_length, least=4, where="cross_encoder")
-    limit, cut = max_length or model.max_seq_length or float("inf"), Counter()
-    how = {"processing_kwargs": {"text": {"max_length": max_length, "truncation": True}}} if max_length else {}
+    limit, cut, twins = max_length or model.max_seq_length or float("inf"), Counter(), []
+    check_range("query_length", query_length, least=1, where="cross_encoder")
+    if query_length and query_length + 4 > limit: raise InputError(f"query_length={query_length} of {limit} tokens", "cross_encoder", "room for a document")
+    how = {"max_length": max_length} if max_length else {}
+    if how or query_length: how = {"processing_kwargs": {"text": how | {"truncation": "only_second" if query_length else True}}}
     def lengths(texts):
         number, distinct = numbered(texts)
         return np.array([len(o) for o in model.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]])[number]
+    def one(model, here, pairs): return here, model.predict([pairs[i] for i in here], batch_size=len(here), activation_fn=torch.nn.Identity(), show_progress_bar=False, **how)
     def score(pairs):
-        length = sum(lengths(list(side)) for side in zip(*pairs)) + 3
-        cut["pairs"] += int((length > limit).sum())
-        found = np.empty(len(pairs), np.float32)
-        for here in plan_buckets(np.minimum(length, limit), tokens_per_forward or BUDGET.get(model.device.type, 4096)):
-            found[here] = model.predict([pairs[i] for i in here], batch_size=len(here), activation_fn=torch.nn.Identity(), show_progress_bar=False, **how)
+        twins[:] = twins or ([model] if devices is None else twins_of(model, devices))
+        queries, long = cut_texts(model.tokenizer, [q for q, _ in pairs], query_length) if query_length else ([q for q, _ in pairs], False)
+        length = lengths(queries) + lengths([d for _, d in pairs]) + 3
+        cut["pairs"] += int((long | (length > limit)).sum())
+        pairs, found = list(zip(queries, (d for _, d in pairs))), np.empty(len(pairs), np.float32)
+        for here, out in spread(plan_buckets(np.minimum(length, limit), tokens_per_forward or BUDGET.get(twins[0].device.type, 4096)), [partial(one, o, pairs=pairs) for o in twins]): found[here] = out
         return found
-    return Scorer(score, name_of(model), lambda: [weights_key(model), json.dumps(model.prompts, sort_keys=True), str(limit)], cut=cut)
+    reads = str(limit) + f", query {query_length}"*bool(query_length)
+    return Scorer(score, name_of(model), lambda: [weights_key(model), json.dumps(model.prompts, sort_keys=True), reads], cut=cut)
 
 # %% ../nbs/42_scoring.ipynb #f26a3784
 YES_OR_NO = ("A: {query}", "\n", "B: {document}", "\n", "Does passage B answer query A? Say Yes or No.")
@@ -152,13 +161,14 @@ def _begin(tokenizer):
 # %% ../nbs/42_scoring.ipynb #2f2b0ea7
 def config_of(
     name, # a Hub name or a folder
+    **hub, # cache_dir, token
 ) -> dict: # empty where there is no config.json
     "The config.json of a model, which is only read; rerankers that plain transformers cannot be are refused."
     from transformers import PretrainedConfig
     path = local_path(name)
     check_model_path(path)
     try:
-        with hushed(): config = PretrainedConfig.get_config_dict(path)[0]
+        with hushed(): config = PretrainedConfig.get_config_dict(path, **hub)[0]
     except OSError: return {}
     own = " ".join([*(config.get("architectures") or ()), *map(str, (config.get("auto_map") or {}).values()), str(config.get("model_type"))])
     lightweight = "layer_wise" in config or "costwise" in own.lower().replace("_", "")
@@ -201,8 +211,9 @@ def load_language_model(
         if adapter is not None: raise InputError("adapter= and a loaded model, which it would change", type(model).__name__, "a name, or a model that it is merged into")
         return model.eval(), tokenizer, model.config.name_or_path or type(model).__name__
     name, options = str(model), loading(**options)
-    config_of(name)
-    tokenizer = tokenizer or loaded(AutoTokenizer.from_pretrained, name, trust_remote_code=options["trust_remote_code"])
+    hub = {o: options[o] for o in ("cache_dir", "token") if o in options}
+    config_of(name, **hub)
+    tokenizer = tokenizer or loaded(AutoTokenizer.from_pretrained, name, trust_remote_code=options["trust_remote_code"], **hub)
     if not tokenizer.is_fast: raise InputError("a slow tokenizer", name, "a fast one: with a tokenizer.json")
     model = loaded(AutoModelForCausalLM.from_pretrained, name, **options).to(runtime().device)
     return (merged(model, adapter) if adapter else model).eval(), tokenizer, name + (f" with {Path(adapter).name}" if adapter else "")
@@ -387,27 +398,29 @@ _MAKERS = {"CrossEncoder": cross_encoder, **dict.fromkeys(("SentenceTransformer"
 
 def load_teacher(
     name, # a Hub name or a folder
+    **options, # cache_dir and token of the Hub, device, dtype, trust_remote_code
 ): # a model of sentence-transformers, or `Vectors`
     "Load what a name stands for: a cross-encoder, an embedding model, or vectors on disk."
     import sentence_transformers
     if (Path(name)/"vectors.npy").exists(): return open_vectors(name)
-    kind, config = _saved_as(name), config_of(name)
+    hub = {o: options.pop(o) for o in ("cache_dir", "token") if o in options}
+    kind, config, where = _saved_as(name, **hub), config_of(name, **hub), {"device": options.pop("device", None), **{"cache_folder" if k == "cache_dir" else k: v for k, v in hub.items()}}
     if kind is None:
         made_as = (config.get("architectures") or ["no architecture"])[0]
         if made_as.endswith("ForCausalLM"): raise InputError(f"a language model ({made_as})", str(name), "yes_logit(name, template) for a decoder reranker, query_likelihood(name) for any")
         if not made_as.endswith("ForSequenceClassification"): raise InputError(f"no reranker ({made_as})", str(name), "a cross-encoder; for vectors a model of sentence-transformers: load_encoder(name)")
         kind = "CrossEncoder"
-    if kind == "SentenceTransformer": return load_encoder(name)
-    options = loading()
-    return loaded(getattr(sentence_transformers, kind), name, trust_remote_code=options.pop("trust_remote_code"), model_kwargs=options)
+    trust = {"trust_remote_code": options.pop("trust_remote_code", False)}
+    if kind == "SentenceTransformer": return load_encoder(name, **where, **trust, **({"model_kwargs": options} if options else {}))
+    return loaded(getattr(sentence_transformers, kind), name, **where, **trust, model_kwargs={k: v for k, v in loading(**options).items() if k != "trust_remote_code"})
 
 
-def _saved_as(name):
+def _saved_as(name, cache_dir=None, token=None):
     "The kind of model that sentence-transformers saved; None where it did not."
     from sentence_transformers.util import is_sentence_transformer_model, load_file_path
     path = local_path(name)
-    if not is_sentence_transformer_model(path): return None
-    about = load_file_path(path, "config_sentence_transformers.json")
+    if not is_sentence_transformer_model(path, token, cache_dir): return None
+    about = load_file_path(path, "config_sentence_transformers.json", token=token, cache_folder=cache_dir)
     return (json.loads(Path(about).read_text()) if about else {}).get("model_type", "SentenceTransformer")
 
 # %% ../nbs/42_scoring.ipynb #29bd9763
