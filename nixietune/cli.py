@@ -6,12 +6,12 @@
 __all__ = ['DEMO_SETTINGS', 'demo', 'finish', 'train', 'evaluate', 'config', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #255902fb
-import argparse, json, os, shlex, sys
+import argparse, json, os, shlex, shutil, sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from .commands import EMBED, MINE, run_embed, run_mine, run_score, SCORE
 from .core import check_folder, InputError
-from .migration import read_command, rules_of, script_command, SCRIPTS, SYSTEMS, translate, what_became
+from .migration import read_command, rules_help, script_command, SCRIPTS, SYSTEMS, translate, what_became
 from .settings import CONFIG, corpus_for, DEMO, EVALUATE, groups_of, read_settings, run_settings, TRAIN
 
 # %% ../nbs/90_cli.ipynb #05c8d774
@@ -106,6 +106,7 @@ def _reported(run, settings):
     return found
 
 
+def _columns(): return min(120, shutil.get_terminal_size().columns - 2)
 _ALIKE = "\n\nOne of them is enough, and the whole command is read as the script reads it; the options above may stand beside them."
 
 
@@ -116,11 +117,11 @@ def parser():
     top.add_argument("--version", action="version", version=f"nixietune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     for name, (options, text, _) in _COMMANDS.items():
-        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=repr(rules_of(name)) + _ALIKE if name in SCRIPTS else None,
+        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=rules_help(name, _columns()) + _ALIKE if name in SCRIPTS else None,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         if name not in ("demo", "config"): one.add_argument("file", nargs="?", help="a YAML or JSON file with the same settings")
         for o in options:
-            flag, text = "--" + o.name.replace("_", "-"), o.help + (f" (default: {o.default})" if o.default not in (None, False, True) else "")
+            flag, text = "--" + o.name.replace("_", "-"), (o.help + (f" (default: {o.default})" if o.default not in (None, False, True) else "")).replace("%", "%%")
             if o.name == "name": one.add_argument("name", nargs="?", help=text)
             elif o.kind is bool: one.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
             else: one.add_argument(flag, nargs="+" if o.many else None, default=None, help=text, metavar=o.kind.__name__.upper())
@@ -143,7 +144,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["nixietune", *argv])
     try:
-        if argv and argv[0] in SYSTEMS and {"-h", "--help"} & {*argv}: print(rules_of(argv[0]))
+        if argv and argv[0] in SYSTEMS and {"-h", "--help"} & {*argv}: print(rules_help(argv[0], _columns()))
         elif argv and argv[0] in SYSTEMS: train(translate(argv[0], read_command(argv[1:])), command)
         elif argv and argv[0] in SCRIPTS and (given := script_command(argv[0], argv[1:])) is not None:
             settings = translate(argv[0], given)

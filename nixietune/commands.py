@@ -201,7 +201,8 @@ def _limits(teacher, lengths, devices):
         return {}
     own = teacher.max_seq_length
     if own and lengths.get("max_length", 0) > own:
-        say(f"{lengths.pop('max_length'):,} tokens a pair are more than the teacher reads: {own:,}")
+        say(f"{lengths.pop('max_length'):,} tokens a pair are more than the teacher reads: {own:,}, of which a query may have three quarters")
+        lengths["query_length"] = min(lengths.get("query_length", own), own*3//4)
     return lengths | ({"devices": devices} if len(devices or ()) > 1 else {})
 
 

@@ -6,12 +6,13 @@
 __all__ = ['HF', 'HF_DEFAULTS', 'FLAG_MODEL', 'FLAG_DATA', 'RAG', 'TARGETS', 'NIXIE', 'HN_MINE', 'BGE_PROMPT', 'ADD_SCORE',
            'DISTILL_DATA', 'SYSTEMS', 'SCRIPTS', 'Rule', 'joined_format', 'flag_settings', 'whole_list', 'rag_settings',
            'nixie_settings', 'mine_settings', 'score_settings', 'System', 'translate', 'read_command', 'script_command',
-           'what_became', 'rules_of']
+           'what_became', 'rules_of', 'rules_help']
 
 # %% ../nbs/89_seeds.ipynb #974a4566
 from dataclasses import dataclass
 from typing import Callable
 from itertools import takewhile
+from textwrap import fill
 from .commands import EMBED, MINE, SCORE
 from .core import InputError
 from .settings import field_names, OURS, plain_value, read_file, read_settings, TRAIN
@@ -225,7 +226,7 @@ _LAYERS = "layerwise and lightweight rerankers are models that plain transformer
 BGE_PROMPT = "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a prediction of either 'Yes' or 'No'."  # of the model card
 ADD_SCORE = {
     "input_file": Rule("groups"), "output_file": Rule("output"), "reranker_name_or_path": Rule("model"),
-    "reranker_model_class": Rule("how", _LAYERS, lambda value, given: {"how": "yes" if value.startswith("decoder") else "auto"}, ("auto", "encoder-only-base", "decoder-only-base")),
+    "reranker_model_class": Rule("", _LAYERS, lambda value, given: {"how": "yes" if value.startswith("decoder") else "auto"}, ("auto", "encoder-only-base", "decoder-only-base")),
     "reranker_peft_path": Rule("adapter"), "use_fp16": Rule("precision", "true: what the GPU is fast in, and fp32 without one, as there", lambda value, given: {"precision": "auto" if plain_value(value) else "fp32"}),
     "use_bf16": Rule("precision", "", lambda value, given: {"precision": "bf16"} if plain_value(value) else {}),
     "devices": Rule("devices"), "cache_dir": Rule("cache_dir"), "trust_remote_code": Rule("trust_remote_code"),
@@ -241,8 +242,9 @@ ADD_SCORE = {
 def score_settings(
     given, # add_reranker_score.py's arguments
 ) -> dict: # settings
-    "What a decoder is asked without a prompt."
-    return {"prompt": given.get("prompt") or BGE_PROMPT} if str(given.get("reranker_model_class")).startswith("decoder") else {}
+    "The length of queries where none is said, and what a decoder is asked without a prompt."
+    length = {} if given.get("reranker_query_max_length") else {"query_length": int(given.get("reranker_max_length", 512))*3//4}
+    return length | ({"prompt": BGE_PROMPT} if str(given.get("reranker_model_class")).startswith("decoder") and not given.get("prompt") else {})
 
 # %% ../nbs/89_seeds.ipynb #9e3f6bab
 DISTILL_DATA = {
@@ -272,7 +274,7 @@ SYSTEMS = {
 _HN = {"ranks": "10-210", "number": 15, "sampling": "random", "existing": "replace", "fill": "random", "relative": 0, "normalize": True, "query_prompt": "", "document_prompt": "", "overwrite": True}
 SCRIPTS = { # a command of ours -> the script whose arguments it understands, too
     "mine": System("hn_mine.py", HN_MINE, _HN, mine_settings, MINE),
-    "score": System("add_reranker_score.py", ADD_SCORE, {"max_length": 512, "query_length": 384, "overwrite": True}, score_settings, SCORE),
+    "score": System("add_reranker_score.py", ADD_SCORE, {"max_length": 512, "overwrite": True}, score_settings, SCORE),
     "embed": System("create_distill_data.py", DISTILL_DATA, {"query_prompt": "", "document_prompt": "", "normalize": True, "overwrite": True}, lambda given: {}, EMBED),
 }
 
@@ -345,7 +347,7 @@ def what_became(
     for theirs, rule in script.rules.items():
         if theirs in given and rule.note: yield f"  {theirs}: {rule.note}"
     said = {o for theirs in given for o in getattr(script.rules.get(theirs), "to", theirs).split(", ")}
-    rest = [f"{k}={v!r}" for k, v in script.defaults.items() if k not in said]
+    rest = [f"{k}={v!r}" for k, v in (script.defaults | script.decide(given)).items() if k not in said]
     if rest: yield f"  what is not said is as there: {', '.join(rest)}"
 
 # %% ../nbs/89_seeds.ipynb #fe1a2b94
@@ -357,3 +359,16 @@ def rules_of(
     rows = [{"there": name, "here": o.to or ("-" if o.make or o.only else "refused"), "": (f"only {' or '.join(dict.fromkeys(map(str, o.only)))}: " if o.only and not o.to else "") + o.note}
             for name, o in (SYSTEMS | SCRIPTS)[system].rules.items()]
     return Table(rows, title=f"{(SYSTEMS | SCRIPTS)[system].name}'s arguments")
+
+# %% ../nbs/89_seeds.ipynb #514b6a16
+def rules_help(
+    system, # a key of `SYSTEMS` or `SCRIPTS`
+    width=100, # columns
+) -> str:
+    "What becomes of every argument, as the end of a help text."
+    table = rules_of(system)
+    first = max(len(row["there"]) for row in table.rows) + 4
+    def line(row):
+        whole = f"{row['here'].removeprefix('-')}: {row['']}".removeprefix(": ").removesuffix(": ")
+        return fill(whole, max(width, first + 30), initial_indent=f"  {row['there']}".ljust(first), subsequent_indent=" "*first, break_on_hyphens=False)
+    return "\n".join([f"{table.title}:", *map(line, table.rows)])
