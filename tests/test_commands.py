@@ -218,7 +218,9 @@ def test_scoring_goes_on(monkeypatch, capsys):
     for one, two in zip(read_lines("scored.jsonl"), read_lines("again.jsonl")): assert one["pos_scores"] + one["neg_scores"] == pytest.approx(two["pos_scores"] + two["neg_scores"], abs=1e-5)
 
 
-def test_embedding_goes_on(monkeypatch, capsys):
+@pytest.mark.parametrize("output", ["vectors", "vectors.mmap"])
+def test_embedding_goes_on(monkeypatch, capsys, output):
+    "Of 4,800 texts and more, those that were read before the interruption are not read again; nothing is left beside the output."
     write_lines("many.jsonl", many(2400))
     import nixietune.teachers as module
     whole, count = module.encode, []
@@ -227,12 +229,18 @@ def test_embedding_goes_on(monkeypatch, capsys):
         count.append(len(texts))
         return whole(model, texts, *args, **how)
     monkeypatch.setattr(module, "encode", encode)
-    command, stop = "embed --groups many.jsonl --model tiny --output vectors".split(), True
-    assert main(command) == 130 and not Path("vectors").exists()
+    command, stop, before = f"embed --groups many.jsonl --model tiny --output {output}".split(), True, files()
+    assert main(command) == 130 and not Path(output).exists()
+    read, stop = sum(count), False
     capsys.readouterr()
-    count.clear(); stop = False
-    assert main(command) == 0 and "going on after" in capsys.readouterr().out
-    assert sum(count) < len(open_vectors("vectors")) and len(open_vectors("vectors")) >= 4800
+    count.clear()
+    assert main([*command, "--json"]) == 0
+    out, errors = capsys.readouterr()
+    n = json.loads(out)["vectors"]
+    assert "going on after" in errors and sum(count) <= n - read + 6  # and three more to compare
+    assert n >= 4800 and {o.split("/")[0] for o in {*files()} - {*before}} == {output}
+    if output == "vectors": assert len(open_vectors(output)) == n
+    else: assert Path(output).stat().st_size == n*json.loads(out)["dimensions"]*4
 
 
 @pytest.mark.parametrize("said, found", [
