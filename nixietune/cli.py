@@ -40,9 +40,9 @@ def demo(
 
 def finish(result, output, title, about, command):
     "Write everything, and end with the table and the verdict."
-    from nixietune.display import say
+    from nixietune.display import first_process, say
     from nixietune.report import write_run
-    if os.environ.get("RANK", "0") != "0": return  # of several processes one writes
+    if not first_process(): return  # of several processes one writes
     report = write_run(result, output, title, about, command)
     saved = result.facts["training"]["padding_saved"]
     if saved: say(f"{result.facts['training']['layout']} texts saved {saved:.0%} of the tokens that padded batches would have computed")

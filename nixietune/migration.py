@@ -302,7 +302,8 @@ def _one(system, own, name, value, given):
     trains = system.options is TRAIN
     if rule is None and trains and name in field_names(): return {"arguments": {name: plain_value(value)}}
     if rule is None: raise InputError(f"no argument {name!r}", system.name, ", ".join([*system.rules, *(["or any of TrainingArguments"] if trains else own)]))
-    if rule.only and value not in rule.only or not (rule.to or rule.make or rule.only): raise InputError(f"{name}={value!r}", system.name, (rule.note or "none") if not rule.to else " or ".join(map(repr, rule.only)))
+    fine = value in rule.only if rule.only else rule.to or rule.make
+    if not fine: raise InputError(f"{name}={value!r}", system.name, " or ".join(map(repr, rule.only)) if rule.to else rule.note or "none")
     if rule.make: return rule.make(value, given)
     if not rule.to: return {}
     return {rule.to: value} if rule.to in own else {"arguments": {rule.to: plain_value(value)}}
