@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINE', 'SCORE', 'EMBED', 'HOW', 'SCORED', 'check_given', 'check_output', 'dialect_of', 'encoders_of', 'check_devices',
-           'run_mine', 'hub_of', 'mining_facts', 'teacher_of', 'dtype_of', 'run_score', 'texts_in_order', 'write_raw',
-           'run_embed']
+           'run_mine', 'hub_of', 'mining_facts', 'dtype_of', 'teacher_of', 'check_teachers', 'run_score',
+           'texts_in_order', 'write_raw', 'run_embed']
 
 # %% ../nbs/88b_commands.ipynb #e308b1fa
 import json
@@ -169,6 +169,18 @@ def mining_facts(
         "queries_by_negatives": {int(k): n for k, n in sorted(Counter(report.counts.tolist()).items())}, "above_positive": float((margins < 0).mean()) if len(margins) else None}
 
 # %% ../nbs/88b_commands.ipynb #edeec18e
+def dtype_of(
+    precision, # "auto", "fp32", "fp16" or "bf16"
+) -> dict: # for `from_pretrained`
+    "The type of a teacher's weights."
+    from nixietune.core import runtime
+    import torch
+    types = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in types: raise InputError(f"precision={precision!r}", "score", " or ".join(map(repr, types)))
+    if precision in ("fp16", "bf16") and runtime().device == "cpu": raise InputError(f"{precision} without a GPU", "score", "'auto' or 'fp32'")
+    return {} if precision == "auto" else {"dtype": types[precision]}
+
+# %% ../nbs/88b_commands.ipynb #8922a62c
 HOW = ("auto", "yes", "likelihood")
 
 
@@ -205,17 +217,16 @@ def _limits(teacher, lengths, devices):
         lengths["query_length"] = min(lengths.get("query_length", own), own*3//4)
     return lengths | ({"devices": devices} if len(devices or ()) > 1 else {})
 
-
-def dtype_of(
-    precision, # "auto", "fp32", "fp16" or "bf16"
-) -> dict: # for `from_pretrained`
-    "The type of a teacher's weights."
-    from nixietune.core import runtime
-    import torch
-    types = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision not in types: raise InputError(f"precision={precision!r}", "score", " or ".join(map(repr, types)))
-    if precision in ("fp16", "bf16") and runtime().device == "cpu": raise InputError(f"{precision} without a GPU", "score", "'auto' or 'fp32'")
-    return {} if precision == "auto" else {"dtype": types[precision]}
+# %% ../nbs/88b_commands.ipynb #8f9d24e2
+def check_teachers(
+    settings, # as `SCORE`
+):
+    "An `InputError` for an option that would do nothing."
+    s, words = settings, "bm25" in settings["model"]
+    if s["how"] not in HOW: raise InputError(f"how={s['how']!r}", "score", " or ".join(map(repr, HOW)))
+    if s["weights"] and len(s["weights"]) != len(s["model"]): raise InputError(f"{len(s['weights'])} weights for {len(s['model'])} teachers", "score", "as many")
+    for name, fine, who in (("prompt", s["how"] == "yes", "a language model that is asked: how=yes"), ("adapter", s["how"] != "auto", "a language model: how=yes or how=likelihood"), ("corpus", words, "bm25, which counts its words")):
+        if s[name] and not fine: raise InputError(f"{name} does nothing here", "score", who)
 
 # %% ../nbs/88b_commands.ipynb #3dc5010c
 SCORED = ("nixietune", "bge")
@@ -231,8 +242,7 @@ def run_score(
     check_given(settings, "groups", "output", "model")
     s, output = settings, check_output(settings)
     check_devices(s["devices"])
-    if s["how"] not in HOW: raise InputError(f"how={s['how']!r}", "score", " or ".join(map(repr, HOW)))
-    if s["weights"] and len(s["weights"]) != len(s["model"]): raise InputError(f"{len(s['weights'])} weights for {len(s['model'])} teachers", "score", "as many")
+    check_teachers(s)
     dialect = dialect_of(s)
     if s["write_as"] and dialect not in SCORED: raise InputError(f"{dialect} has no place for a teacher's scores", "write_as", " or ".join(SCORED))
     if dialect not in SCORED: say(f"{dialect} has no place for a teacher's scores: written as nixietune")

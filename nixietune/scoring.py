@@ -395,7 +395,7 @@ def as_scorer(
 
 _MAKERS = {"CrossEncoder": cross_encoder, **dict.fromkeys(("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder", "Vectors"), bi_encoder)}
 
-
+# %% ../nbs/42_scoring.ipynb #9f5b5cc5
 def load_teacher(
     name, # a Hub name or a folder
     **options, # cache_dir and token of the Hub, device, dtype, trust_remote_code
