@@ -99,12 +99,13 @@ def dense_miner(
     pool:Pool, # what is searched
     metric:str=None, # "cos", "ip" or "l2"; the model's own without it
     progress:bool=True, # show how the encoding goes?
+    devices=None, # torch devices that share encoding and searching; the model's own and the best there is without it
 ) -> Miner:
     "Exact search by an encoder."
     metric = metric or similarity_of(model)
-    queries = encode_texts(model, [o[2] for o in pool.queries], "query", [o[:2] for o in pool.queries], progress)
-    texts = encode_texts(model, pool.texts, "document", progress=progress)
-    return Miner(name, lambda some, k: search(queries[some], texts[:pool.size], k, metric)[1], pair_scorer(queries, texts, metric))
+    queries = encode_texts(model, [o[2] for o in pool.queries], "query", [o[:2] for o in pool.queries], progress, devices=devices)
+    texts = encode_texts(model, pool.texts, "document", progress=progress, devices=devices)
+    return Miner(name, lambda some, k: search(queries[some], texts[:pool.size], k, metric, devices=devices)[1], pair_scorer(queries, texts, metric))
 
 # %% ../nbs/40_mining.ipynb #ddaa375e
 def bm25_miner(
@@ -155,6 +156,7 @@ def miners_of(
     metric:str=None, # "cos", "ip" or "l2"; the model's own without it
     seed:int=0, # of chance
     progress:bool=True, # show how the encoding goes?
+    devices=None, # torch devices that share the work
 ) -> list: # of `Miner`
     "Make miners ready to search."
     if encoder is None: return [random_miner(pool, seed)]
@@ -166,7 +168,7 @@ def miners_of(
         if not isinstance(encoder, Mapping): name = name.split(" ", 1)[1]
         if name in [o.name for o in found]: name = f"{name} {len(found) + 1}"
         if not isinstance(one, str) and not callable(one): raise InputError(f"{type(one).__name__} as miner", "mine_negatives", "a SentenceTransformer, a function of (texts, role), or 'bm25'")
-        found.append(bm25_miner(name, pool) if one == "bm25" else dense_miner(name, _loaded(one), pool, metric, progress))
+        found.append(bm25_miner(name, pool) if one == "bm25" else dense_miner(name, _loaded(one), pool, metric, progress, devices))
     return found
 
 
@@ -494,13 +496,14 @@ def mine_negatives(
     seed:int=0, # of everything that is left to chance
     report:bool=False, # return what was refused, too?
     progress:bool=True, # show how the encoding goes?
+    devices=None, # torch devices that share encoding and searching, like ["cuda:0", "cuda:1"]
 ) -> "datasets.Dataset": # groups; with report=True a pair: groups, `MiningReport`
     "Find hard negatives for every query: what ranks high, and neither is nor nearly is nor scores like a known answer."
     limits, window = check_limits(max_score, margin, relative), read_range(ranks)
     check_choices(encoder, number, sampling, fuse, against, fill, window, temperature)
     searched, groups = corpus_of(groups) if corpus is None else corpus, without_negatives(groups, existing)
     pool = pool_of(groups, searched, known, near)
-    miners = miners_of(encoder, pool, metric, seed, progress)
+    miners = miners_of(encoder, pool, metric, seed, progress, devices)
     judge = cross_scores(cross_encoder, pool) if cross_encoder is not None else miners[0].score
     if not judge and (margin is not None or max_score is not None): raise InputError("a ceiling, and nobody who gives scores", "mine_negatives", "an encoder or a cross-encoder")
     refuse = partial(judged, pool=pool, judge=judge, limits=limits, against=against)
