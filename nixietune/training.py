@@ -37,7 +37,7 @@ from .relation import OWN, POS
 from .planning import choose_layout, plan_for, unused_parameters
 from .plots import plot_loss
 from .recipes import json_or_nothing, recipe
-from .steps import Step
+from .steps import DENSE, reader_of, Step
 from .teachers import Beside
 from .tokens import attention_kernel
 
@@ -499,7 +499,7 @@ class Trainer(_Running):
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
-        freeze_unused(model, self.source, args)
+        freeze_unused(model, self.source, args, reader_of(objective, model).read)
         self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
         evaluator = evaluator_for(DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None, evaluator, args)
         step = Step(model, objective, bool(together(int(self.plan.cache_gradients), args)), args.negatives_cross_device)  # as the most careful process has it
@@ -636,11 +636,12 @@ def freeze_unused(
     model, # a SentenceTransformer; it is changed
     source, # the `Source` of its batches
     args, # `TrainingArguments`; they are changed
+    read=DENSE.read, # what is read of the model's output
 ):
     "Freeze what gets no gradient, so that processes exchange gradients without looking for it; for one process, too: a run may go on with another number of them."
     if args.ddp_find_unused_parameters or source.layout.name == "text": return  # parts of such a model may be for one role only
     [key] = next(iter(sampler_of(source, args)))
-    for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in)).values(): o.requires_grad_(False)
+    for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in), read).values(): o.requires_grad_(False)
     args.ddp_find_unused_parameters = False
 
 # %% ../nbs/62_training.ipynb #ddaa7097
