@@ -404,9 +404,9 @@ _NOTES = { # fact -> what a reader of the numbers must know
     "other_text": "positives whose text in the corpus is another one",
     "instructions": "queries with an instruction, which is not put in", "unjudged": "queries without judgments, left out",
     "not_in_run": "queries that the run does not have, counted as 0", "unknown": "documents of the run that the corpus does not have, left out",
-    "same_id": "documents that have the id of their query, left out"}
+    "same_id": "documents that have the id of their query, left out", "no_choice": "queries without a negative among their candidates, left out"}
 
-
+# %% ../nbs/31_evaluation.ipynb #3d937425
 @contextmanager
 def timed(
     seconds:dict, # where the figures go
@@ -522,7 +522,7 @@ def _per_query(problem, values, run, threshold):
 
 
 _FACTS = ("by_id", "by_text", "other_text", "missing", "left_out", "merged", "conflicts", "repeated_texts",
-          "graded_negatives", "ungraded_positives", "instructions", "unjudged", "not_in_run", "unknown", "same_id")
+          "graded_negatives", "ungraded_positives", "instructions", "unjudged", "not_in_run", "unknown", "same_id", "no_choice")
 
 
 def _info(problem, **more):
@@ -553,7 +553,7 @@ def evaluation_of(
         values = measure_run(run.rows, problem.grades, metrics, threshold)
         frame = _per_query(problem, values, run, threshold)
     info = _info(problem, threshold=threshold, **more)
-    for key in ("left_out", "unjudged", "instructions", "not_in_run", "unknown", "same_id"):
+    for key in ("left_out", "unjudged", "instructions", "not_in_run", "unknown", "same_id", "no_choice"):
         if info[key]: say(f"{_NOTES[key].capitalize()}: {info[key]:,}.")
     return Evaluation({name: float(np.mean(o)) for name, o in values.items()}, frame, run, info, seconds, problem)
 
