@@ -119,7 +119,7 @@ def arguments():
     p.add_argument("--queries", type=int, default=10_000)
     p.add_argument("--dim", type=int, default=384)
     p.add_argument("-k", type=int, default=100, help=argparse.SUPPRESS)
-    p.add_argument("--depths", type=int, nargs="+", default=[100, 1000], help="documents for each query (%(default)s)")
+    p.add_argument("--depths", type=int, nargs="+", default=[100], help="documents for each query (%(default)s)")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--threads", type=int, default=1, help="OpenMP threads (%(default)s)")
     p.add_argument("--json", help="a file for the results")
