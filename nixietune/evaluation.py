@@ -55,7 +55,8 @@ def metric_names(
     metrics, # names like "ndcg@10", one name, or "all"
 ) -> tuple: # of names
     "The metrics that are meant; `InputError` for a name that is none."
-    names = ALL_METRICS if metrics == "all" else (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    if "all" in names: names = ALL_METRICS
     if not names: raise InputError("no metrics", "metrics", "'all', or names like ndcg@10")
     for name in names: metric_parts(name)
     return names
