@@ -20,7 +20,7 @@ def _encoder(encoder, fp16, lengths):
     "A model in the precision that is asked for."
     from nixietune.encoder import load_encoder, set_max_length
     import torch
-    if hasattr(encoder, "encode"):
+    if not isinstance(encoder, str) and not hasattr(encoder, "__fspath__"):
         if fp16: raise InputError("fp16 and a model that is loaded already", "evaluate_msmarco", "its name, or the model in half precision")
         set_max_length(encoder, lengths)
         return encoder
