@@ -25,9 +25,9 @@ from .index import search
 from .judgments import judgments, QUERY_TEXTS, read_query, text_rows
 
 # %% ../nbs/31_evaluation.ipynb #ed4d89ea
-METRICS = { # what we call it -> (what ir-measures calls it, what people call it)
-    "ndcg": ("nDCG", "nDCG"), "mrr": ("RR", "MRR"), "recall": ("R", "Recall"), "recall_cap": ("R", "Capped recall"),
-    "precision": ("P", "Precision"), "map": ("AP", "MAP"), "success": ("Success", "Success")}
+METRICS = { # what we call it -> (what trec_eval calls it, what people call it)
+    "ndcg": ("ndcg_cut", "nDCG"), "mrr": ("recip_rank", "MRR"), "recall": ("recall", "Recall"), "recall_cap": ("recall", "Capped recall"),
+    "precision": ("P", "Precision"), "map": ("map_cut", "MAP"), "success": ("success", "Success")}
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 ALL_METRICS = tuple(f"{kind}@{k}" for kind in METRICS for k in CUTOFFS)
 DEFAULT_METRICS = ("ndcg@10", "mrr@10", "recall@10", "recall@100", "map@100", "precision@10")
@@ -71,26 +71,29 @@ def _ranks(ranking, grades):
 
 
 def _library(rankings, grades, measures):
-    "Measure -> float64[Q] from ir-measures; grades are whole numbers."
-    import ir_measures
+    "trec_eval's name of a measure, like ndcg_cut_10 -> float64[Q]; grades are whole numbers."
     import numpy as np
+    import pytrec_eval
     values = {o: np.zeros(len(grades)) for o in measures}
     if not measures or not len(grades): return values
     names, qrels, run = [str(i) for i in range(max(map(len, rankings)))], {}, {}
+    order = {name: float(-i) for i, name in enumerate(names)}
     for q, (ranking, of) in enumerate(zip(rankings, grades)):
         found = _ranks(ranking, of)
+        last = max(found.values(), default=0) + 1
         qrels[str(q)] = {names[found[d]] if d in found else f"not found {d}": int(g) for d, g in of.items()}
-        run[str(q)] = {name: float(-i) for i, name in enumerate(names[:max(found.values(), default=0) + 1])}
-    for o in ir_measures.iter_calc(list(measures), qrels, run): values[o.measure][int(o.query_id)] = o.value
+        run[str(q)] = order if last == len(names) else {name: order[name] for name in names[:last]}
+    asked = {o if o == "recip_rank" else ".".join(o.rsplit("_", 1)) for o in measures}
+    for q, found in pytrec_eval.RelevanceEvaluator(qrels, asked).evaluate(run).items():
+        for o in measures: values[o][int(q)] = found[o]
     return values
 
 # %% ../nbs/31_evaluation.ipynb #ce826feb
 def _by_relevance(rankings, grades, names):
     "Metric -> float64[Q], for metrics that only ask whether a document is relevant."
-    import ir_measures
     import numpy as np
     parts = {name: metric_parts(name) for name in names}
-    def measure(kind, k): return ir_measures.RR if kind == "mrr" else getattr(ir_measures, METRICS[kind][0])@k
+    def measure(kind, k): return METRICS[kind][0] + ("" if kind == "mrr" else f"_{k}")
     found = _library(rankings, grades, {measure(*o) for o in parts.values()})
     R = np.maximum(1, [len(of) for of in grades])
     def value(kind, k):
@@ -110,12 +113,11 @@ def _ndcg(ranking, grades, cutoff):
 
 def _by_grade(rankings, grades, names):
     "The same for nDCG, whose grades may be fractions, or clicks by the million."
-    import ir_measures
     import numpy as np
     cutoffs = {name: metric_parts(name)[1] for name in names}
     if all(g == int(g) and g <= 1000 for of in grades for g in of.values()):
-        found = _library(rankings, grades, {ir_measures.nDCG@k for k in cutoffs.values()} if names else ())
-        return {name: found[ir_measures.nDCG@k] for name, k in cutoffs.items()}
+        found = _library(rankings, grades, {f"ndcg_cut_{k}" for k in cutoffs.values()})
+        return {name: found[f"ndcg_cut_{k}"] for name, k in cutoffs.items()}
     return {name: np.array([_ndcg(r, of, k) if of else 0. for r, of in zip(rankings, grades)]) for name, k in cutoffs.items()}
 
 # %% ../nbs/31_evaluation.ipynb #1df929ce
