@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'FILES', 'MIX', 'SHARES', 'TRAINING_MIX', 'DEAD', 'heads_of', 'add_heads', 'special_ids', 'token_reader',
            'encode_tokens', 'encode_m3', 'similarities_of', 'mixed', 'm3_scores', 'lexical_search', 'm3_search',
-           'evaluate_m3', 'M3', 'from_teacher', 'checked_heads', 'checked_weights', 'load_m3', 'head_file', 'save_m3',
-           'dense_model', 'multi_vector_model']
+           'evaluate_m3', 'm3_evaluator', 'M3', 'from_teacher', 'checked_heads', 'checked_weights', 'load_m3',
+           'head_file', 'save_m3', 'save_heads', 'dense_model', 'multi_vector_model']
 
 # %% ../nbs/71_m3.ipynb #dbcea445
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .core import atomic_path, check_folder, InputError
-from .display import Progress, say
+from .display import Progress, quiet, say
 from .encoder import each_prompt, budget_of, evaluating, layout_of, load_encoder, local_path, make_features, plan_forwards, prepare, query_prompts, to_device
-from .evaluation import DEFAULT_METRICS, evaluation_of, relevance
+from .evaluation import DEFAULT_METRICS, evaluation_of, Relevance, relevance
 from .index import search
 from .losses import InfoNCE, Terms
 from .objectives import current_losses, Objective, relations_of
@@ -54,7 +55,8 @@ def add_heads(
             if not size: continue
             if name in heads_of(model): raise InputError(f"a {name} head is there already", "add_heads", "a model without")
             activation = torch.nn.ReLU() if name == "lexical" else torch.nn.Identity()
-            model.append(Dense(hidden, size, activation_function=activation, module_input_name="token_embeddings", module_output_name=OUTPUTS[name]).to(model.device))
+            head = Dense(hidden, size, activation_function=activation, module_input_name="token_embeddings", module_output_name=OUTPUTS[name])
+            model.insert(1, head.to(model.device))  # not at the end, where sentence-transformers looks for the length of its vectors
     prepare(model, {"packed": "auto"}.get(name := layout_of(model).name, name))
     return model
 
@@ -240,8 +242,8 @@ def m3_search(
 # %% ../nbs/71_m3.ipynb #bc244663
 def evaluate_m3(
     model, # a SentenceTransformer with heads
-    groups, # Dataset of groups, or (queries, qrels)
-    corpus, # Dataset of documents
+    groups, # Dataset of groups, (queries, qrels), or the `problem` of an `Evaluation`
+    corpus=None, # Dataset of documents
     weights=(1, 1, 1), # of dense, lexical, multi in the mix
     k=100, # documents kept for each query
     pool=200, # see `m3_search`
@@ -250,7 +252,7 @@ def evaluate_m3(
     progress=True, # show how the encoding goes?
 ) -> dict: # "dense", "lexical", "multi", "mix" -> `Evaluation`
     "How well each similarity finds what answers a query."
-    problem = relevance(groups, corpus, missing)
+    problem = groups if isinstance(groups, Relevance) else relevance(groups, corpus, missing)
     problem.facts["instructions"] = 0
     q = encode_tokens(model, problem.queries, "query", query_prompts(model, problem.prompts), progress=progress)
     d, out = encode_tokens(model, problem.texts, "document", progress=progress), {}
@@ -260,6 +262,21 @@ def evaluate_m3(
     return out
 
 # %% ../nbs/71_m3.ipynb #ffe26f61
+def m3_evaluator(
+    groups, # Dataset of groups
+    corpus, # Dataset of documents
+    metric="ndcg@10", # what is measured
+    missing="error", # as for `evaluate`
+    **options, # of `evaluate_m3`
+): # a function of (model, output_path, epoch, steps)
+    "Measures each head and the mix; the dense one is measured by the trainer's own evaluator, too."
+    problem = relevance(groups, corpus, missing)
+    def measure(model, output_path=None, epoch=-1, steps=-1):
+        with quiet(): found = evaluate_m3(model, problem, metrics=(metric,), progress=False, **options)
+        return {f"{name}_{metric}": o.metrics[metric] for name, o in found.items()}
+    return measure
+
+# %% ../nbs/71_m3.ipynb #0a6e97a2
 SHARES = {"dense": 1.0, "lexical": 0.1, "multi": 1.0, "mix": 1.0} # how much the loss of each counts
 TRAINING_MIX = {"dense": 1.0, "lexical": 0.3, "multi": 1.0} # in a sum here, not in a mean
 DEAD = 20 # batches without one lexical weight above 0, until that is said
@@ -273,7 +290,7 @@ class _Heads(Objective):
         shares=None, # how much the loss of a head, or of the "mix", counts; `SHARES` without it
         mix=None, # weights in the mix; `TRAINING_MIX` without it
         self_distill=False, # does the mix teach the heads?
-        self_distill_start=0, # the step from which it does
+        self_distill_start=1, # the step from which it does; the first is 1
         learn_temperature=False, # are the temperatures of the losses learned?
     ):
         super().__init__(losses or InfoNCE(0.02), learn_temperature=learn_temperature)
@@ -300,7 +317,7 @@ class _Heads(Objective):
 
     def described(self):
         shown = ", ".join(f"{self.parts[o]:g} x {o}" for o in (*self.heads, *(["mix"] if len(self.heads) > 1 else [])))
-        taught = [f"the mix teaches each of them{f' from step {self.self_distill_start} on' if self.self_distill_start else ''}"] if self.self_distill else []
+        taught = [f"the mix teaches each of them{f' from step {self.self_distill_start} on' if self.self_distill_start > 1 else ''}"] if self.self_distill else []
         return [*super().described(), f"on each of {shown}; the mix is {' + '.join(f'{self.mix[o]:g} {o}' for o in self.heads)}", *taught]
 
 # %% ../nbs/71_m3.ipynb #28add739
@@ -391,6 +408,7 @@ def load_m3(
         size = saved["weight"].shape[0] if saved else -1 if multi is True else int(multi)
         add_heads(model, head == "lexical", size if head == "multi" else 0, seed)
         if saved: heads_of(model)[head].linear.load_state_dict(saved)
+        else: say(f"a fresh {head} head: neither in the model nor in {FILES[head]}")
     return model
 
 
@@ -407,7 +425,7 @@ def head_file(
     if {*found} != {"weight", "bias"}: raise InputError(f"holds {', '.join(map(str, found))}", str(path), "weight and bias of a linear layer")
     return found
 
-
+# %% ../nbs/71_m3.ipynb #f000a956
 def save_m3(
     model, # a SentenceTransformer with heads
     folder, # to write; it must be new or empty
@@ -415,7 +433,15 @@ def save_m3(
     "The model for sentence-transformers, with its heads also in bge-m3's own files, for FlagEmbedding."
     with atomic_path(check_folder(folder)) as place:
         model.save_pretrained(str(place))
-        for head, module in heads_of(model).items(): torch.save({k: v.detach().cpu().contiguous() for k, v in module.linear.state_dict().items()}, place/FILES[head])
+        save_heads(model, place)
+
+
+def save_heads(
+    model, # a SentenceTransformer with heads
+    folder, # where the model is saved
+):
+    "The heads in bge-m3's own files."
+    for head, module in heads_of(model).items(): torch.save({k: v.detach().cpu().contiguous() for k, v in module.linear.state_dict().items()}, Path(folder)/FILES[head])
 
 # %% ../nbs/71_m3.ipynb #1c648cd2
 def dense_model(
