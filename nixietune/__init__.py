@@ -43,6 +43,7 @@ _NAMES = {
         "tuning": "tune",
         "remining": "Remine",
         "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
+        "m3": "M3 load_m3 save_m3 encode_m3 m3_scores evaluate_m3",
         "launching": "launch",
         "report": "write_run",
     }.items()

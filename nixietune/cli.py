@@ -41,9 +41,11 @@ def demo(
 def finish(result, output, title, about, command):
     "Write everything, and end with the table and the verdict."
     from nixietune.display import first_process, say
+    from nixietune.m3 import save_heads
     from nixietune.report import write_run
     if not first_process(): return  # of several processes one writes
     report = write_run(result, output, title, about, command)
+    save_heads(result.model, report.parent/"model")  # bge-m3's own files, where there are heads
     saved = result.facts["training"]["padding_saved"]
     if saved: say(f"{result.facts['training']['layout']} texts saved {saved:.0%} of the tokens that padded batches would have computed")
     for text in ("", result.comparison.table, "", result.comparison.verdict, f"everything is in {report.parent}: open {report.name} in a browser"): say(text)
