@@ -24,6 +24,7 @@ from nixietune.encoder import encode, encode_together
 from nixietune.foreign import SentenceTransformersLoss
 from nixietune.groups import make_groups, write_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
+from nixietune.m3 import add_heads, M3
 from nixietune.objectives import Matryoshka, Objective, PerDataset
 from nixietune.steps import Step, union
 from nixietune.testing import tiny_model, toy_groups
@@ -45,6 +46,7 @@ OBJECTIVES = {
     "Triplet": lambda: Triplet(0.2, True, "cos"),
     "a loss for the data set": lambda: PerDataset({"birds": InfoNCE(0.1)}),
     "vectors": lambda: DistillVectors(dims=(32, 8), project=(32, 6)),
+    "three heads": lambda: M3([InfoNCE(0.1), KL(0.1)], self_distill=True),
     "sentence-transformers": lambda: [SentenceTransformersLoss(theirs.MultipleNegativesRankingLoss(holder())), SentenceTransformersLoss(theirs.SoftmaxLoss(holder(), 32, 2))],
 }
 
@@ -66,6 +68,7 @@ def groups():
 
 
 def step(rows, objective, start, source, cached=False, wrap=lambda model: model):
+    if isinstance(objective, M3): start = add_heads(deepcopy(start), multi=16)
     model, batch = wrap(deepcopy(start)), source[BatchKey(0, 0, rows, 0)]
     label = batch["label"] | {"dataset": "birds"}
     numbers = torch.cat([label["q_id"] + 1000, label["d_id"]])  # made from ids, so that they are the same wherever a text is read
