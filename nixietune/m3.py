@@ -23,7 +23,7 @@ from .relation import SKIP
 from .similarities import SIMILARITIES
 from .steps import Reader
 from .token_similarities import bags, lexical, maxsim, TokenVectors
-from .tokens import tokenize
+from .tokens import length_limit, tokenize
 
 # %% ../nbs/71_m3.ipynb #6dcd3e5d
 OUTPUTS = {"lexical": "lexical_weights", "multi": "multi_vectors"} # head -> its name among a model's outputs
@@ -115,6 +115,7 @@ def encode_tokens(
     heads, layout, texts = ["dense", *(o for o in heads_of(model) if o in heads)], layout_of(model), list(texts)
     if not texts: raise InputError("no texts", "encode_tokens", "at least one")
     store = tokenize(model, texts, role, each_prompt(model, texts, role, prompts), keep=False)
+    if full := int((store.lengths >= (limit := length_limit(model, role))).sum()): say(f"{full:,} of {len(texts):,} texts fill the maximum length of {limit} tokens: what is beyond it is not read")
     plan, (read, arrange) = plan_forwards(layout, store.lengths, tokens_per_forward or budget_of(model)), token_reader(model, heads)
     forwards, found = [make_features(layout, [store[i] for i in here]) for here in plan], []
     bar = Progress(len(texts), unit="texts", desc=f"encoding {'queries' if role == 'query' else 'documents'}") if progress else None
@@ -228,7 +229,7 @@ def m3_search(
     if by != "mix" and getattr(q, by) is None: raise InputError(f"no {by} head", "m3_search", "a head that the model has")
     if by == "dense": return search(q.dense.numpy(), d.dense.numpy(), min(k, len(d)), "cos")
     if by == "lexical": return lexical_search(q, d, min(k, len(d)))
-    most = min(max(k, pool), len(d))
+    k, most = min(k, len(d)), min(max(k, pool), len(d))
     found = [torch.as_tensor(search(q.dense.numpy(), d.dense.numpy(), most, "cos")[1])]
     if q.lexical is not None: found.append(torch.as_tensor(lexical_search(q, d, most)[1]))
     cols = torch.cat(found, 1).sort(dim=1)[0]
@@ -295,9 +296,11 @@ class _Heads(Objective):
     ):
         super().__init__(losses or InfoNCE(0.02), learn_temperature=learn_temperature)
         self.heads, self.mix = checked_heads(heads), checked_weights(mix, TRAINING_MIX, "mix")
+        if self_distill and len(self.heads) < 2: raise InputError("self_distill with one head", "M3", "two or three: their mix is the teacher")
         self.parts = checked_weights(shares, SHARES, "shares")
         self.self_distill, self.self_distill_start, self.without = self_distill, self_distill_start, 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # travels in checkpoints
+        if len({o.similarity for o in self.losses.values() if hasattr(o, "similarity")}) > 1: raise InputError("losses with several similarities", "M3", "the same for all: it is that of the dense vectors")
         for name, o in self.losses.items():
             if isinstance(o, torch.nn.Module) or getattr(o, "guided", False) or getattr(o, "blocks", ()): raise InputError(f"{name}", "M3", "a loss that reads the similarities of queries and documents alone")
 
@@ -326,25 +329,26 @@ class M3(_Heads):
     def forward(self, q, d, batch):
         "The terms of every loss on every similarity: `f'{head}.{name}'` -> Terms."
         if not isinstance(q, TokenVectors): raise InputError("M3 inside another objective", "Trainer", "M3 by itself, with its own losses: M3([InfoNCE(0.02), KL(0.02)])")
-        losses, out, similarities = current_losses(self), {}, {}
+        losses, out, found = current_losses(self), {}, {}
         relations = relations_of(losses, batch)
         self._watch(q)
         with torch.autocast(q.dense.device.type, enabled=False):
-            for view, relation in relations.items(): similarities[view] = self.similarities(_floats(q), _floats(d), relation.cols)
+            for view, relation in relations.items(): found[view] = self.similarities(_floats(q), _floats(d), relation.cols)
             for name, loss in losses.items():
-                for head, s in similarities[loss.view].items(): out[f"{head}.{name}"] = loss(s, relations[loss.view])
-            if self.teaching: out |= self.taught(next(iter(losses.values())), similarities, relations)
+                for head, s in found[loss.view].items(): out[f"{head}.{name}"] = loss(s, relations[loss.view])
+            view = "all" if "all" in found else "own"
+            if self.teaching: out |= self.taught(found[view], relations[view].kind, next(o.temperature for o in losses.values() if hasattr(o, "temperature")))
         return out
 
     def similarities(self, q, d, cols):
         "head -> f32[B, K], and the mix where there are several."
-        found = {name: o for name, o in similarities_of(q, d, cols).items() if name in self.heads}
+        like = next(iter(self.losses.values())).similarity
+        found = {name: o for name, o in similarities_of(q, d, cols, like).items() if name in self.heads}
         return found | ({"mix": sum(self.mix[name]*o for name, o in found.items())} if len(found) > 1 else {})
 
-    def taught(self, loss, similarities, relations):
-        "The mix as a teacher of each head, over what the first loss compares."
-        s, kind = similarities[loss.view], relations[loss.view].kind
-        return {f"{head}.from_mix": from_teacher(s[head], s.get("mix", s[head]).detach(), kind, loss.temperature) for head in self.heads}
+    def taught(self, found, kind, temperature):
+        "The mix as a teacher of each head, over the whole batch where some loss compares with it."
+        return {f"{head}.from_mix": from_teacher(found[head], found["mix"].detach(), kind, temperature) for head in self.heads}
 
     def _watch(self, q):
         "Count steps, and say it where the lexical head has died."

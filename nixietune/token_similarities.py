@@ -22,6 +22,8 @@ class TokenVectors:
     ids: torch.Tensor # int64[T] token ids
     lengths: torch.Tensor # int64[n] tokens of each text
 
+    @property
+    def device(self): return self.lengths.device
     def __len__(self): return len(self.lengths)
     def __getitem__(self, rows): # int64[m] or a slice -> those texts, in that order
         place = rows_in_order(self.lengths, rows := torch.arange(len(self), device=self.lengths.device)[rows])

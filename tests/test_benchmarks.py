@@ -58,3 +58,9 @@ def test_evaluation(tmp_path):
     "Both sides compute the same metrics."
     found = run(tmp_path, "evaluation")[1]["summary"]
     assert [o["way"] for o in found] == ["sentence-transformers", "nixietune"] and all(o["largest difference"] < 1e-4 and len(o["metrics"]) == 24 for o in found)
+
+
+def test_m3(tmp_path):
+    "Our side; the other one needs an environment of its own."
+    found = run(tmp_path, "m3")[1]["sides"]
+    assert found["ours"]["loss"] > 0 and [*found] == ["ours"]
