@@ -79,7 +79,7 @@ def test_clusters_by_hand():
 
 
 def test_clusters_of_groups():
-    groups = make_groups([{"query": f"question {i}", "pos": [f"the answer with the number {i // 2} and {'abc'[i // 2] * 20}"], "neg": []} for i in range(6)], "nixietune")
+    groups = make_groups([{"query": f"question {i}", "pos": [{"doc": f"the answer {'abc'[i // 2] * 20}"}], "neg": []} for i in range(6)], "nixietune")
     found = clusters_of(groups)
     assert len({*found.values()}) == 3 and [*found] == groups["query_id"][:]
     with pytest.raises(InputError, match="expected 'positive'"): clusters_of(groups, "colour")
