@@ -23,8 +23,9 @@ _NAMES = {
         "testing": "tiny_model toy_groups toy_corpus",
         "index": "search",
         "evaluation": "evaluate",
-        "comparison": "compare",
+        "comparison": "compare clusters_of",
         "auditing": "audit split_by_length",
+        "probes": "forgetting",
         "mining": "mine_negatives find_false_negatives relabel",
         "teachers": "teacher_vectors load_vectors join_vectors",
         "scoring": "score_groups as_scorer yes_logit query_likelihood bm25_scorer blend teacher_summary",
@@ -38,9 +39,10 @@ _NAMES = {
         "experiments": "finetune",
         "tuning": "tune",
         "remining": "Remine",
+        "curves": "learning_curve",
         "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
         "launching": "launch",
-        "report": "write_run",
+        "reporting": "report write_run",
     }.items()
     for name in names.split()
 }

@@ -41,7 +41,7 @@ def demo(
 def finish(result, output, title, about, command):
     "Write everything, and end with the table and the verdict."
     from nixietune.display import first_process, say
-    from nixietune.report import write_run
+    from nixietune.reporting import write_run
     if not first_process(): return  # of several processes one writes
     report = write_run(result, output, title, about, command)
     saved = result.facts["training"]["padding_saved"]

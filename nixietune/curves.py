@@ -105,8 +105,8 @@ class LearningCurve:
     @property
     def table(self) -> Table:
         label, runs = metric_label(self.metric), len(self.rows[0]["runs"])
-        rows = [{"share": f"{o['share']:.4g}", "groups": o["groups"], label: o["value"], **({"runs": ", ".join(f"{v:.3f}" for v in o["runs"])} if runs > 1 else {})} for o in self.rows]
-        rows = [{"share": "0", "groups": 0, label: self.before}, *rows, {"share": "2 (expected)", "groups": 2*self.rows[-1]["groups"], label: self.twice}]
+        rows = [{"share": f"{100*o['share']:.3g}%", "groups": o["groups"], label: o["value"], **({"runs": ", ".join(f"{v:.3f}" for v in o["runs"])} if runs > 1 else {})} for o in self.rows]
+        rows = [{"share": "0%", "groups": 0, label: self.before}, *rows, {"share": "200%, expected", "groups": 2*self.rows[-1]["groups"], label: self.twice}]
         a, b, c = self.law
         note = f"Curve: {c:.3f} {'-' if a >= 0 else '+'} {abs(a):.3g} n^-{b:.2g}. " + (
             f"{runs} runs for each share." if runs > 1 else "One run for each share: how much runs differ is guessed from how far the points lie off the curve; seeds=(0, 1, 2) measures it.")

@@ -7,7 +7,7 @@ import pytest
 
 from nixietune.display import Table
 from nixietune.plots import plot_loss, save_plot
-from nixietune.report import Code, Heading, Raw, page
+from nixietune.reporting import Code, Heading, Raw, page
 
 LONG = "Nasal congestion, " * 40
 FRAME = """<!DOCTYPE html><iframe id="page" width="400" height="800" srcdoc="{}"></iframe><pre id="found"></pre>
