@@ -106,7 +106,7 @@ pre { background: var(--tint); border-radius: .5rem; padding: .8rem 1rem; font-s
 figure { margin: 1.2rem 0 }
 img { display: block; max-width: 100%; height: auto }
 @media (max-width: 30rem) {
-  body { padding-top: 1.5rem } h1 { font-size: 1.5rem }
+  body { padding-top: 1.5rem } h1 { font-size: 1.5rem } table { font-size: .84rem }
   td, th { padding-right: .5em !important } td + td, th + th { padding-left: .5em !important } }
 @media print {
   :root { color-scheme: light; --link: #000; --ink: #000; --soft: #444; --paper: #fff; --tint: #fff; --line: #bbb }
@@ -161,11 +161,12 @@ def page(
 def _judgment(result):
     "The verdict, the table and the pictures of the metrics."
     c = result.comparison
-    values = lambda evaluation: {metric_label(o): evaluation.metrics[o] for o in MAIN_METRICS if o in evaluation.metrics}
+    main = {metric_label(o) for o in MAIN_METRICS}
+    values = lambda side: {row["metric"]: row[side] for row in c.table.rows if row["metric"] in main}
     changed, sure = (Table([_columns(row, names) for row in c.table.rows], formats=c.table.formats) for names in (
         ("metric", "before", "after", "difference"), ("metric", "interval", "p (Holm)", "could show")))
     return [Heading("Did it get better?"), Raw(marked(c.verdict, c.outcome)), changed,
-            plot_metrics(values(result.before), values(result.after), {metric_label(c.metric): c.interval}),
+            plot_metrics(values("before"), values("after"), {metric_label(c.metric): c.interval}),
             Heading("How sure is that?", 3), sure, c.table.note,
             Heading("Query by query"), "Each sliver is one test query, from the greatest gain to the greatest loss.", c.plot(), *_slices(c)]
 
@@ -183,10 +184,10 @@ def _slices(comparison):
     return [Heading("In parts", 3), *tables] if tables else []
 
 
-def _examples(result, n=4):
+def _examples(result, n=3):
     "The queries that moved most, with what stood first."
     rows = result.comparison.changes(n).to_dict("records")
-    lines = lambda o: (f"{o['before']:.2f} → {o['after']:.2f}", f"first before: {_short(o['top_before'])}", f"first after: {_short(o['top_after'])}")
+    lines = lambda o: (f"{o['before']:.2f} → {o['after']:.2f}", f"found first, then: {_short(o['top_before'])}", f"found first, now: {_short(o['top_after'])}")
     html = "".join(f"<dt>{escape(_short(o['query'], 300))}</dt>" + "".join(f"<dd>{escape(line)}</dd>" for line in lines(o)) for o in rows)
     return [Heading("The queries that moved most", 3), Raw(f"<dl>{html}</dl>")] if rows else []
 
@@ -197,6 +198,7 @@ def _short(value, most=90):
 
 # %% ../nbs/80_report.ipynb #cbc879ac
 _MANY = {"query": "queries", "document": "documents"}
+_LAYOUTS = {"bag": "taken as bags of tokens", "text": "given to the model as they are"}
 
 
 def _training(result):
@@ -205,7 +207,7 @@ def _training(result):
     sizes = result.facts["groups"]
     cost = [{"part": name, "seconds": o["wall"], "CPU seconds": o["cpu"]} for name, o in seconds.items()]
     did = (f"{facts['pairs']:,} query-document pairs in {facts['steps']:,} steps of {facts['batch_size']}, from {sizes['train']:,} groups. "
-           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read up to {facts['max_length']} tokens"
+           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read {'whole' if facts['max_length'] == float('inf') else 'up to {} tokens'.format(facts['max_length'])}"
            + "".join(f"; {share:.0%} of the {_MANY[role]} fill that" for role, share in facts["full_length"].items() if share) + ".")
     steps, losses = zip(*result.losses) if result.losses else ((), ())
     curve = [plot_loss(steps, losses)] if steps else []
@@ -217,7 +219,7 @@ def _padding(facts):
     "What the layout saved."
     if not facts["padded"]: return []
     ways = {f"{facts['layout']} (this run)": facts["computed"], "padded to the longest": facts["padded"]}
-    return [Heading("Padding", 3), f"Texts were {facts['layout']}: {facts['computed']:,} tokens went through the model for {facts['real']:,} tokens of text. "
+    return [Heading("Padding", 3), f"Texts were {_LAYOUTS.get(facts['layout'], facts['layout'])}: {facts['computed']:,} tokens went through the model for {facts['real']:,} tokens of text. "
             f"Batches padded to their longest query and document would have computed {facts['padded']:,}: {facts['padding_saved']:.0%} of that was saved.",
             plot_padding(facts["real"], ways)]
 
@@ -236,7 +238,7 @@ def _data(result, about, audit):
     "What it was trained and measured on."
     names = {"train": "training groups", "dev": "groups to choose on", "test": "groups to judge on", "corpus": "documents searched"}
     sizes = [{"": names[k], "count": o} for k, o in result.facts["groups"].items()]
-    found = [Heading("What the audit found", 3), Raw(f'<div class="wide">{audit._repr_html_()}</div>')] if audit is not None else []
+    found = [Heading("What the audit found", 3), *audit.tables(), [f"{o.severity}: {o.what.rstrip(".")}. {o.meaning.rstrip(".")}. {o.advice}: {o.call}" for o in audit] or "Nothing that is wrong."] if audit is not None else []
     return [Heading("Data"), *about, Table(sizes), *found]
 
 # %% ../nbs/80_report.ipynb #ad781ce0
@@ -280,7 +282,7 @@ def next_steps(
 def _elsewhere(forgetting, sweep, curve):
     "What was measured beside the run."
     lost = [Heading("On other data"), Raw(marked(forgetting.verdict, {"forgotten": "worse", "better": "better"}.get(forgetting.outcome, "no difference"))),
-            Table([_columns(row, ("probe", "queries", "difference", "interval", "")) for row in forgetting.table.rows], note=forgetting.table.note, formats=forgetting.table.formats), forgetting.plot()] if forgetting is not None else []
+            Table([_columns(row, ("probe", "", "difference", "interval")) for row in forgetting.table.rows], note=forgetting.table.note, formats=forgetting.table.formats), forgetting.plot()] if forgetting is not None else []
     merged = [Heading("Mixed with the model before training"), sweep.verdict, sweep.plot(), sweep.table] if sweep is not None else []
     more = [Heading("With more data"), curve.verdict, curve.plot(), curve.table] if curve is not None else []
     return [*lost, *merged, *more]
