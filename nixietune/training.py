@@ -36,8 +36,9 @@ from .objectives import losses_in, Objective, PerDataset, temperatures_of
 from .relation import OWN, POS
 from .planning import choose_layout, plan_for, unused_parameters
 from .plots import plot_loss
+from .pool import dev_pool
 from .recipes import json_or_nothing, recipe
-from .steps import Step
+from .steps import DENSE, reader_of, Step
 from .teachers import Beside
 from .tokens import attention_kernel
 
@@ -201,9 +202,13 @@ class DevEvaluator(BaseEvaluator):
         corpus, # Dataset of documents to search
         missing="error", # positives that are not in the corpus: "error", "add" or "count"
         metric="ndcg@10", # what `metric_for_best_model` and early stopping look at
+        queries=None, # at most so many of them; all without it
+        documents=None, # at most so many, where the positives and negatives of dev are not more; all without it
     ):
         super().__init__()
-        self.groups, self.corpus, self.missing, self.primary_metric, self.greater_is_better = groups, corpus, missing, metric, True
+        self.missing, self.primary_metric, self.greater_is_better = missing, metric, True
+        self.groups, self.corpus, self.note = dev_pool(groups, corpus, queries, documents)
+        if self.note: say(self.note)
 
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
         return dict(evaluate(model, self.groups, self.corpus, missing=self.missing, progress=False, together=True).metrics)
@@ -439,7 +444,7 @@ class _Running(_Enduring):
         if place: self.take_plan(place)
         elif measured and together(int(self.source.layout.name == "bucketed"), a): self.source.layout = prepare(self.model, "bucketed")
         for precision in {"fp32", precision_in(a)}: check_layout(self.model, precision=precision)  # other kernels, other errors
-        say(self.announcement(measured))
+        say("\n".join([self.announcement(measured), *([f"going on from {Path(place).name}"] if place else [])]))
         if self.is_world_process_zero():
             sweep(a.output_dir)
             if not place and (aside := set_aside(a.output_dir)): say(f"checkpoints of an earlier run are now in {aside}")
@@ -499,9 +504,9 @@ class Trainer(_Running):
         self.source = source_of(model, index, args, vectors)
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
-        freeze_unused(model, self.source, args)
+        freeze_unused(model, self.source, args, reader_of(objective, model).read)
         self.texts, self.facts, self.skipping, self.last_loss = (index.queries, index.documents), {"pairs": 0, "real": 0, "computed": 0, "padded": 0}, Skipping(), None
-        evaluator = evaluator_for(DevEvaluator(dev, corpus, missing) if dev is not None and corpus is not None else None, evaluator, args)
+        evaluator = evaluator_for(DevEvaluator(dev, corpus, missing, queries=args.dev_queries, documents=args.dev_documents) if dev is not None and corpus is not None else None, evaluator, args)
         step = Step(model, objective, bool(together(int(self.plan.cache_gradients), args)), args.negatives_cross_device)  # as the most careful process has it
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
@@ -636,11 +641,12 @@ def freeze_unused(
     model, # a SentenceTransformer; it is changed
     source, # the `Source` of its batches
     args, # `TrainingArguments`; they are changed
+    read=DENSE.read, # what is read of the model's output
 ):
     "Freeze what gets no gradient, so that processes exchange gradients without looking for it; for one process, too: a run may go on with another number of them."
     if args.ddp_find_unused_parameters or source.layout.name == "text": return  # parts of such a model may be for one role only
     [key] = next(iter(sampler_of(source, args)))
-    for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in)).values(): o.requires_grad_(False)
+    for o in unused_parameters(model, min(source[key]["packs"], key=tokens_in), read).values(): o.requires_grad_(False)
     args.ddp_find_unused_parameters = False
 
 # %% ../nbs/62_training.ipynb #ddaa7097

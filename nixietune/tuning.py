@@ -19,6 +19,7 @@ from .evaluation import evaluate
 from .experiments import ready
 from .losses import InfoNCE
 from .plots import new_axes
+from .pool import sample_documents
 from .recipes import recipe
 from .training import Trainer
 
@@ -54,16 +55,11 @@ def affordable(
 def small_corpus(
     corpus, # Dataset of documents
     dev, # Dataset of groups
-    size=2_000, # documents at most, if the positives are not more
+    size=2_000, # documents at most, if the positives and negatives of dev are not more
     seed=0, # of the choice
 ):
-    "The documents that dev needs, and random others."
-    needed = {key for items in dev["pos"][:] for o in items for key in (("id", o["doc_id"]), ("text", o["doc"])) if key[1] is not None}
-    rows = zip(corpus["doc_id"][:], corpus["text"][:])
-    own, others = [], []
-    for i, (doc_id, text) in enumerate(rows): (own if ("id", doc_id) in needed or ("text", text) in needed else others).append(i)
-    random.Random(seed).shuffle(others)
-    return corpus.select(sorted(own + others[:max(0, size - len(own))]))
+    "The documents that dev knows, and random others."
+    return sample_documents(dev, corpus, size, seed)[0]
 
 # %% ../nbs/64_tuning.ipynb #955a06ba
 @dataclass

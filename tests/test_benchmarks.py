@@ -52,3 +52,9 @@ def test_search(tmp_path):
     found = run(tmp_path, "search", "--folder", str(tmp_path))[1]["rows"]
     assert [o["way"] for o in found][:2] == ["faiss, IndexFlatIP", "nixietune, torch"] and len(found) == 5
     for o in found: assert o["equal"] > 0.999 and o["difference"] < 1e-5 if "ivf" not in o["way"] else "recall@10 is" in o["said"]
+
+
+def test_evaluation(tmp_path):
+    "Both sides compute the same metrics."
+    found = run(tmp_path, "evaluation")[1]["summary"]
+    assert [o["way"] for o in found] == ["sentence-transformers", "nixietune"] and all(o["largest difference"] < 1e-4 and len(o["metrics"]) == 24 for o in found)

@@ -73,6 +73,24 @@ def test_help():
     assert status == 0 and [o for o in ("demo", "train", "evaluate") if not re.search(rf"^ +{o} +\w", said, re.M)] == []
 
 
+def test_msmarco(folder):
+    "The command that seed 001 prints, with data that is here; --fp16 without a GPU is said, not refused."
+    write_lines(folder / "content.jsonl", [dict(content=o) for o in toy_corpus()["text"]])
+    write_lines(folder / "dev.jsonl", [dict(query=o["query"], positive=[d["doc"] for d in o["pos"]]) for o in toy_groups(30)])
+    more = ["--query_data", "dev.jsonl", "--corpus_data", "content.jsonl", "--max_query_length", "128", "--output", "msmarco"]
+    assert main(["msmarco", "--encoder", "tiny", "--fp16", "--add_instruction", "--k", "100", *more]) == 0
+    figures = json.loads((folder / "msmarco" / "metrics.json").read_text())
+    assert [*figures["as the script prints them"]] == ["MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100"]
+    assert figures["as the script prints them"]["Recall@100"] == figures["metrics"]["recall_cap@100"] and figures["info"]["queries"] == 30
+    assert len((folder / "msmarco" / "run.trec").read_text().splitlines()) == 3000
+
+
+def test_all_metrics(folder):
+    assert main(["evaluate", "--model", "tiny", "--groups", "bge.jsonl", "--corpus", "corpus.jsonl", "--metrics", "all", "--output", "all"]) == 0
+    assert len(json.loads((folder / "all" / "metrics.json").read_text())["metrics"]) == 42
+    assert main(["evaluate", "--model", "tiny", "--groups", "bge.jsonl", "--corpus", "corpus.jsonl", "--metrics", "bleu@1"]) == 2
+
+
 def test_train_and_evaluate(folder):
     "From a settings file to a model, figures and a report; the saved model is measured again, on the other dialect, in another process."
     status, said, errors = command("train", "run.yaml", "--epochs", "8")

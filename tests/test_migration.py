@@ -16,6 +16,7 @@ from nixietune.cli import main
 from nixietune.configs import config_text
 from nixietune.core import InputError
 from nixietune.losses import InfoNCE, M3KD
+from nixietune.m3 import heads_of, load_m3
 from nixietune.migration import read_command, rules_of, SYSTEMS, translate
 from nixietune.settings import arguments_of, objective_of, read_loss, read_settings, TRAIN
 from nixietune.testing import tiny_model, toy_groups
@@ -96,6 +97,19 @@ def test_the_new_command(folder, capsys):
         assert "deepspeed without a GPU" in capsys.readouterr().err
 
 
+def test_the_command_of_bge_m3(folder, capsys):
+    "As its manual prints it, with two kinds of teachers' scores, but for fp16 and DeepSpeed: three heads, which lie beside the model in its own files."
+    said = """--model_name_or_path tiny --cache_dir ./cache/model --train_data ./example_data/retrieval ./example_data/sts/sts.jsonl ./example_data/classification-no_in_batch_neg --cache_path ./cache/data
+        --train_group_size 8 --query_max_len 512 --passage_max_len 512 --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0 --drop_threshold 0
+        --output_dir ./m3_sd --overwrite_output_dir --learning_rate 1e-5 --num_train_epochs 2 --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1 --gradient_checkpointing
+        --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02 --sentence_pooling_method cls --normalize_embeddings True --kd_loss_type m3_kd_loss --unified_finetuning True
+        --use_self_distill True --fix_encoder False --self_distill_start_step 0""".split()
+    assert main(["flagembedding", *said]) == 0
+    assert "the mix teaches each of them from step 2 on" in capsys.readouterr().out
+    assert {*figures("m3_sd")["facts"]["heads"]} == {"dense", "lexical", "multi", "mix"}
+    assert {*heads_of(load_m3("m3_sd/model"))} == {"lexical", "multi"} and torch.load("m3_sd/model/sparse_linear.pt", weights_only=True)["weight"].shape == (1, 32)
+
+
 def rag_rows(rows, **more): Path("t2rank_100.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
 
 
@@ -154,7 +168,7 @@ def test_what_flagembedding_decides_together():
 
 @pytest.mark.parametrize("system, given, problem", [
     ("flagembedding", {"kd_loss_type": "mse"}, "kd_loss_type='mse'"), ("flagembedding", {"use_mrl": "True"}, "without mrl_dims"), ("flagembedding", {"config_name": "x"}, "brings its configuration"),
-    ("flagembedding", {"unified_finetuning": "True"}, "not built yet"), ("flagembedding", {"query_instruction_format": "{} and {}!"}, "two {}"), ("flagembedding", {"temprature": 1}, "no argument 'temprature'"),
+    ("flagembedding", {"use_self_distill": "True"}, "without unified_finetuning"), ("flagembedding", {"retrieval_use_examples": "True"}, "not built yet"), ("flagembedding", {"query_instruction_format": "{} and {}!"}, "two {}"), ("flagembedding", {"temprature": 1}, "no argument 'temprature'"),
     ("flagembedding", {"train_group_size": "many"}, "a whole number"), ("flagembedding", {"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"), ("rag-retrieval", {"train_type": "rerank"}, "'train' or 'distill'"),
     ("rag-retrieval", {}, "no train_dataset"), ("nixietune", {"target": "softmax"}, "infonce, mnrl"), ("nixietune", {"streaming": True}, "memory-mapped"), ("word2vec", {}, "flagembedding, rag-retrieval"),
 ])

@@ -18,7 +18,7 @@ import nixietune
 from nixietune.core import HOME
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "numpy", "datasets", "transformers", "sentence_transformers", "pandas", "scipy", "matplotlib", "faiss", "ir_measures",
+HEAVY = {"torch", "numpy", "datasets", "transformers", "sentence_transformers", "pandas", "scipy", "matplotlib", "faiss", "ir_measures", "pytrec_eval",
          "fastcore", "execnb", "IPython", "nbdev", "ipywidgets"}
 MODULES = sorted(p.stem for p in (ROOT / "nixietune").glob("[a-z]*.py"))
 

@@ -18,10 +18,12 @@ from nixietune.checkpoints import last_checkpoint
 from nixietune.batching import BatchKey, index_groups, KeySampler, Source
 from nixietune.core import InputError
 from nixietune.encoder import encode, layout_of, prepare, set_max_length
+from nixietune.evaluation import evaluate
 from nixietune.experiments import finetune
 from nixietune.groups import make_groups
 from nixietune.losses import Contrastive, CoSENT, InfoNCE, KL, Terms
 from nixietune.objectives import Objective
+from nixietune.pool import dev_pool
 from nixietune.relation import relate
 from nixietune.similarities import cos
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
@@ -75,6 +77,23 @@ def test_learns(make):
     at, scores = zip(*trainer.history.column("eval_ndcg@10"))
     assert at == (0, 4, 8, 12, 16) and max(scores) == trainer.state.best_metric > scores[0]  # the first is the baseline
     assert trainer.facts["pairs"] == 4 * 64 and trainer.facts["real"] == trainer.facts["computed"] < trainer.facts["padded"]
+
+
+def test_dev_is_a_fixed_pool(make, capsys):
+    "The baseline is measured on the same queries and documents as what follows, whatever the seed, and what was left out is said."
+    dev, corpus = toy_groups(20, seed=1), toy_corpus()
+    model = tiny_model()
+    pool, documents, note = dev_pool(dev, corpus, 8, 60)
+    before = evaluate(model, pool, documents, progress=False).metrics["ndcg@10"]
+    trainer = make(model, dev=dev, corpus=corpus, eval_strategy="epoch", dev_queries=8, dev_documents=60, seed=3)
+    said = capsys.readouterr()
+    assert note in said.out + said.err and "8 of 20 queries and 60 of 180 documents" in note
+    trainer.train()
+    found = trainer.history.column("eval_ndcg@10")
+    assert len(found) == 2 and trainer.bar.baseline == found[0][1] == pytest.approx(before, abs=1e-6)
+    assert found[1][1] == pytest.approx(evaluate(model, pool, documents, progress=False).metrics["ndcg@10"], abs=1e-6)
+    trainer = make(dev=dev, corpus=corpus, eval_strategy="epoch")  # small enough as it is
+    assert trainer.evaluator.groups is dev and trainer.evaluator.corpus is corpus and not trainer.evaluator.note
 
 
 class Scaled(Objective):

@@ -55,8 +55,9 @@ def test_best_of():
 
 def test_the_corpus_of_dev():
     dev, corpus = toy_groups(30), toy_corpus()
-    assert len(small_corpus(corpus, dev, 10)) == 30 and len(small_corpus(corpus, dev, 10_000)) == 180
-    assert small_corpus(corpus, dev, 50)["text"][:] == small_corpus(corpus, dev, 50)["text"][:] != small_corpus(corpus, dev, 50, seed=1)["text"][:]
+    known = {o["doc"] for group in dev for o in group["pos"] + group["neg"]}
+    assert {*small_corpus(corpus, dev, 10)["text"]} == known and len(small_corpus(corpus, dev, 10_000)) == 180
+    assert small_corpus(corpus, dev, 150)["text"][:] == small_corpus(corpus, dev, 150)["text"][:] != small_corpus(corpus, dev, 150, seed=1)["text"][:]
 
 
 @pytest.mark.parametrize("more, problem", [({"seeds": ()}, "no seeds"), ({"minutes": 0}, "minutes is 0"), ({"temperatures": (-1.0,)}, "temperature=-1.0")])
