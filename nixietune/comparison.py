@@ -253,12 +253,9 @@ class Comparison:
         gains, losses = order.query("difference > 0").index[:n], order.query("difference < 0").index[::-1][:n][::-1]
         return order.loc[[*gains, *losses]].reset_index(drop=True)
 
-    def slices(self, by="length") -> Table: # see `slice_table`
-        "The comparison in parts of the queries: `slice_table`."
-        return slice_table(self, by)
+    def slices(self, by="length") -> Table: return slice_table(self, by) # in parts of the queries
 
-    def plot(self, ax=None) -> "matplotlib.axes.Axes": # `ax`, or new ones
-        "Every query's difference as one sliver."
+    def plot(self, ax=None) -> "matplotlib.axes.Axes": # every query's difference as one sliver
         return plot_changes(self.per_query["difference"], metric_label(self.metric), ax=ax)
 
     def summary(self) -> dict: # what JSON can hold
@@ -316,7 +313,7 @@ def _metric_row(name, sides, means, freedom, confidence, power):
            f"{100*confidence:.4g}% interval": f"{low:+.3f} to {high:+.3f}"}
     return row, detectable(error, free, confidence, power), (low, high)
 
-
+# %% ../nbs/32_comparison.ipynb #21056a51
 def _metric_rows(names, runs, sums, samples, seed, confidence, power):
     "A row for each metric, and the intervals."
     means, rows, intervals = resampled(sums, samples, seed), [], []

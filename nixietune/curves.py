@@ -200,7 +200,7 @@ def learning_curve(
         for size in sizes: values.append([_run(model, groups, size, seed, loss, measure, Path(output_dir), args) for seed in seeds])
     return summed_up(shares, sizes, np.array(values), before, metric, samples, confidence)
 
-
+# %% ../nbs/66_curves.ipynb #00cb7391
 def _sizes(shares, n):
     "Shares in order, and how many groups each is."
     bad = [o for o in shares if isinstance(o, bool) or not isinstance(o, (int, float)) or not 0 < o <= 1]

@@ -108,23 +108,19 @@ def finetune(
     _check_seeds(seeds)
     set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
-    if corpus is None: corpus = _own_corpus(train, dev, test)
+    corpus = _own_corpus(train, dev, test) if corpus is None else corpus
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model, seconds = ready(model, max_length, dropout, args.get("forward", "auto")), {}
-    def trainer_for(seed, folder, model, loss, callbacks):
-        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks,
-                       missing=missing, teachers=teachers, guide=guide, evaluator=evaluator)
     def measure(model): return evaluate(model, test, corpus, missing=missing, together=True)
-    fresh = deepcopy((model, loss, callbacks)) if seeds > 1 else None  # together, for a loss may hold the model
-    trainer = trainer_for(seed, output_dir, model, loss, callbacks)
+    def trainer_for(seed, folder, model, loss, callbacks):
+        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator)
+    fresh, trainer = deepcopy((model, loss, callbacks)) if seeds > 1 else None, trainer_for(seed, output_dir, model, loss, callbacks)  # together: a loss may hold the model
     with timed(seconds, "baseline"): before = measure(model)
     with timed(seconds, "training"): trainer.train(resume)
     with timed(seconds, "evaluation"): runs = [measure(model)]
-    with timed(seconds, f"{seeds - 1} more runs"): runs += [_again(trainer_for, measure, fresh, o, output_dir, resume) for o in range(seed + 1, seed + seeds)]
-    if seeds == 1: del seconds[f"{seeds - 1} more runs"]
-    sizes = {name: len(o or ()) for name, o in {"train": train, "dev": dev, "test": test, "corpus": corpus}.items()}
-    facts = {"groups": sizes, "training": facts_of(trainer), "seconds": seconds, "versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
-    return Result(model, before, runs[0], compare(before, runs, chosen_on=dev), used_recipe(trainer), trainer.state.log_history, facts, runs[:seeds*(seeds > 1)])
+    with timed(seconds if seeds > 1 else {}, f"{seeds - 1} more runs"): runs += [_again(trainer_for, measure, fresh, o, output_dir, resume) for o in range(seed + 1, seed + seeds)]
+    facts = {"groups": {k: len(o or ()) for k, o in zip(("train", "dev", "test", "corpus"), (train, dev, test, corpus))}, "training": facts_of(trainer), "seconds": seconds}
+    return Result(model, before, runs[0], compare(before, runs, chosen_on=dev), used_recipe(trainer), trainer.state.log_history, facts | _machine(), runs[:seeds*(seeds > 1)])
 
 # %% ../nbs/63_experiments.ipynb #5f8b15c6
 def _check_seeds(seeds):
@@ -139,6 +135,9 @@ def _again(trainer_for, measure, fresh, seed, folder, resume):
     set_seed(seed)
     trainer_for(seed, Path(folder)/f"seed-{seed}", model, loss, callbacks).train(resume)
     return measure(model)
+
+
+def _machine(): return {"versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
 
 
 def _own_corpus(*sets):
