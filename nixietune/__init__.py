@@ -23,12 +23,13 @@ _NAMES = {
         "testing": "tiny_model toy_groups toy_corpus",
         "index": "search",
         "evaluation": "evaluate evaluate_run write_trec_run",
-        "comparison": "compare",
+        "comparison": "compare clusters_of",
         "auditing": "audit split_by_length",
         "candidates": "evaluate_candidates evaluate_pairs",
         "compression": "evaluate_compressed",
         "pool": "dev_pool",
         "suites": "evaluate_msmarco evaluate_mteb mteb_task",
+        "probes": "forgetting",
         "mining": "mine_negatives find_false_negatives relabel",
         "teachers": "teacher_vectors load_vectors join_vectors",
         "scoring": "score_groups as_scorer yes_logit query_likelihood bm25_scorer blend teacher_summary",
@@ -42,10 +43,11 @@ _NAMES = {
         "experiments": "finetune",
         "tuning": "tune",
         "remining": "Remine",
+        "curves": "learning_curve",
         "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
         "m3": "M3 load_m3 save_m3 encode_m3 m3_scores evaluate_m3",
         "launching": "launch",
-        "report": "write_run",
+        "reporting": "report write_run",
     }.items()
     for name in names.split()
 }

@@ -42,7 +42,7 @@ def finish(result, output, title, about, command):
     "Write everything, and end with the table and the verdict."
     from nixietune.display import first_process, say
     from nixietune.m3 import save_heads
-    from nixietune.report import write_run
+    from nixietune.reporting import write_run
     if not first_process(): return  # of several processes one writes
     report = write_run(result, output, title, about, command)
     save_heads(result.model, report.parent/"model")  # bge-m3's own files, where there are heads

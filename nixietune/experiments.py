@@ -6,7 +6,8 @@
 __all__ = ['Result', 'three_sets', 'finetune', 'ready', 'facts_of', 'dropout_of', 'used_recipe']
 
 # %% ../nbs/63_experiments.ipynb #44bb9645
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 from .adapters import save_merged
@@ -35,6 +36,7 @@ class Result:
     recipe: object # the `Recipe`, with your own values in it
     history: list # what the trainer logged: dicts with step, loss, learning_rate, ...
     facts: dict # what ran: data sizes, layout, tokens with and without padding, seconds, versions
+    runs: list = field(default_factory=list) # with `seeds`: the `Evaluation` of each training run, `after` first
 
     def save(self,
         path, # a folder
@@ -47,7 +49,7 @@ class Result:
     def summary(self) -> dict:
         "All figures, as JSON can hold them."
         return {"comparison": self.comparison.summary(), "before": self.before.summary(), "after": self.after.summary(),
-                "recipe": {k: o.value for k, o in self.recipe.settings.items()}, "facts": self.facts, "losses": self.losses}
+                "recipe": {k: o.value for k, o in self.recipe.settings.items()}, "facts": self.facts, "losses": self.losses, "runs": [o.metrics for o in self.runs]}
 
     def __repr__(self): return repr(self.comparison)
     def _repr_html_(self): return self.comparison._repr_html_()
@@ -96,28 +98,54 @@ def finetune(
     max_length=None, # tokens a text is cut at: a number, or {"query": ..., "document": ...}
     dropout=None, # chance of dropout while training; the model's own without it
     seed=0, # of everything
+    seeds=1, # training runs, with seed, seed + 1, ...: the verdict then sees how much runs differ; the first is kept
     resume=False, # go on where an interrupted run in `output_dir` stopped?
     callbacks=None, # transformers callbacks
     evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
-    from datasets import concatenate_datasets
+    _check_seeds(seeds)
     set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
-    if corpus is None:
-        corpus = corpus_of(concatenate_datasets([o for o in (train, dev, test) if o is not None]))
-        say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
+    corpus = _own_corpus(train, dev, test) if corpus is None else corpus
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
-    model = ready(model, max_length, dropout, args.get("forward", "auto"))
-    given, seconds = dict(loss=loss, missing=missing, teachers=teachers, guide=guide, callbacks=callbacks, evaluator=evaluator), {}
-    trainer = Trainer(model, TrainingArguments(str(output_dir), seed=seed, **args), train, dev=dev, corpus=corpus, **given)
-    with timed(seconds, "baseline"): before = evaluate(model, test, corpus, missing=missing, together=True)
+    model, seconds = ready(model, max_length, dropout, args.get("forward", "auto")), {}
+    def measure(model): return evaluate(model, test, corpus, missing=missing, together=True)
+    def trainer_for(seed, folder, model, loss, callbacks):
+        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator)
+    fresh, trainer = deepcopy((model, loss, callbacks)) if seeds > 1 else None, trainer_for(seed, output_dir, model, loss, callbacks)  # together: a loss may hold the model
+    with timed(seconds, "baseline"): before = measure(model)
     with timed(seconds, "training"): trainer.train(resume)
-    with timed(seconds, "evaluation"): after = evaluate(model, test, corpus, missing=missing, together=True)
-    sizes = {name: len(o or ()) for name, o in {"train": train, "dev": dev, "test": test, "corpus": corpus}.items()}
-    facts = {"groups": sizes, "training": facts_of(trainer), "seconds": seconds, "versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
-    return Result(model, before, after, compare(before, after), used_recipe(trainer), trainer.state.log_history, facts)
+    with timed(seconds, "evaluation"): runs = [measure(model)]
+    with timed(seconds if seeds > 1 else {}, f"{seeds - 1} more runs"): runs += [_again(trainer_for, measure, fresh, o, output_dir, resume) for o in range(seed + 1, seed + seeds)]
+    facts = {"groups": {k: len(o or ()) for k, o in zip(("train", "dev", "test", "corpus"), (train, dev, test, corpus))}, "training": facts_of(trainer), "seconds": seconds}
+    return Result(model, before, runs[0], compare(before, runs, chosen_on=dev), used_recipe(trainer), trainer.state.log_history, facts | _machine(), runs[:seeds*(seeds > 1)])
+
+# %% ../nbs/63_experiments.ipynb #5f8b15c6
+def _check_seeds(seeds):
+    "Is it a number of runs?"
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1: raise InputError(f"seeds={seeds!r}", "finetune", "the number of training runs, 1 or more")
+
+
+def _again(trainer_for, measure, fresh, seed, folder, resume):
+    "The evaluation of another run of the same recipe."
+    model, loss, callbacks = deepcopy(fresh)
+    say(f"once more with seed {seed}")
+    set_seed(seed)
+    trainer_for(seed, Path(folder)/f"seed-{seed}", model, loss, callbacks).train(resume)
+    return measure(model)
+
+
+def _machine(): return {"versions": versions(), "machine": asdict(runtime()) | {"workdir": ""}}
+
+
+def _own_corpus(*sets):
+    "The documents of the groups."
+    from datasets import concatenate_datasets
+    corpus = corpus_of(concatenate_datasets([o for o in sets if o is not None]))
+    say(f"no corpus was given: searching the {len(corpus):,} documents of the groups")
+    return corpus
 
 # %% ../nbs/63_experiments.ipynb #cf652269
 def ready(

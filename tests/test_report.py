@@ -7,7 +7,7 @@ import pytest
 
 from nixietune.display import Table
 from nixietune.plots import plot_loss, save_plot
-from nixietune.report import Code, Heading, Raw, page
+from nixietune.reporting import Code, Heading, Raw, page
 
 LONG = "Nasal congestion, " * 40
 FRAME = """<!DOCTYPE html><iframe id="page" width="400" height="800" srcdoc="{}"></iframe><pre id="found"></pre>
@@ -33,3 +33,38 @@ def test_phone(browser, tmp_path):
     assert found["width"] <= 400, "the page scrolls sideways"
     assert found["image"] > 1000 and 300 < found["shown"] <= 400
     assert not found["outside"] and not found["ran"], "the policy lets nothing in, and nothing runs"
+
+
+def run_of(after, before=None, n=300, **facts):
+    "A `Result` that was never trained: only its figures are real."
+    import numpy as np
+    from types import SimpleNamespace
+
+    from nixietune.comparison import compare
+    from test_comparison import evaluation
+
+    before = np.linspace(0, 0.5, n) if before is None else before
+    facts = {"full_length": {"query": 0.0, "document": 0.0}, "max_length": 128} | facts
+    return SimpleNamespace(comparison=compare(evaluation(before), after(before)), facts={"training": facts})
+
+
+def test_next_steps():
+    "Each thing that the figures call for is said, and nothing else."
+    import numpy as np
+    from types import SimpleNamespace
+
+    from nixietune.reporting import next_steps
+    from test_comparison import evaluation
+
+    rng = np.random.default_rng(0)
+    said = lambda after, n=300, more={}, **facts: " ".join(next_steps(run_of(after, n=n, **facts), **more))
+    better, worse = lambda o: evaluation(o + 0.1), lambda o: evaluation(o - 0.1)
+    assert "Do not use this model" in said(worse) and "Do not use" not in said(better)
+    assert "seeds=3" in said(better) and "several training runs agree" in said(lambda o: [evaluation(o + 0.1)] * 3)
+    nothing = said(lambda o: evaluation(o + rng.normal(0.003, 0.1, len(o))))
+    assert "would need about" in nothing and "Use it" not in nothing
+    assert "Judge more test queries: 100" in said(better, n=100) and "Judge more" not in said(better)
+    assert "30% of the documents fill the 128 tokens" in said(better, full_length={"query": 0.0, "document": 0.3})
+    lost, sweep = SimpleNamespace(outcome="forgotten"), SimpleNamespace(best=0.5)
+    assert "merge_sweep" in said(better, more={"forgetting": lost}) and "nt.forgetting" not in said(better, more={"forgetting": lost})
+    assert "take 0.5 of the tuned model" in said(better, more={"forgetting": lost, "sweep": sweep})
