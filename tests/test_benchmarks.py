@@ -64,3 +64,8 @@ def test_m3(tmp_path):
     "Our side; the other one needs an environment of its own."
     found = run(tmp_path, "m3")[1]["sides"]
     assert found["ours"]["loss"] > 0 and [*found] == ["ours"]
+
+
+def test_heads(tmp_path):
+    found = run(tmp_path, "heads")[1]
+    assert [o["similarity"] for o in found["rows"]] == ["dense", "lexical", "multi", "mix", "dense, trained alone"] and len(found["beside"]) == 2
