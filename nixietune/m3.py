@@ -5,23 +5,27 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'FILES', 'MIX', 'SHARES', 'TRAINING_MIX', 'DEAD', 'heads_of', 'add_heads', 'special_ids', 'token_reader',
            'encode_tokens', 'encode_m3', 'similarities_of', 'mixed', 'm3_scores', 'lexical_search', 'm3_search',
-           'evaluate_m3', 'm3_evaluator', 'M3', 'from_teacher', 'checked_heads', 'checked_weights', 'load_m3',
-           'head_file', 'save_m3', 'save_heads', 'dense_model', 'multi_vector_model']
+           'evaluate_m3', 'm3_evaluator', 'M3', 'from_teacher', 'checked_heads', 'checked_weights', 'm3_scorer',
+           'load_m3', 'head_file', 'save_m3', 'save_heads', 'dense_model', 'multi_vector_model']
 
 # %% ../nbs/71_m3.ipynb #dbcea445
+import json
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .core import atomic_path, check_folder, InputError
 from .display import Progress, quiet, say
+from .embeddings import weights_key
 from .encoder import each_prompt, budget_of, evaluating, layout_of, load_encoder, local_path, make_features, plan_forwards, prepare, query_prompts, to_device
 from .evaluation import DEFAULT_METRICS, evaluation_of, Relevance, relevance
 from .index import search
 from .losses import InfoNCE, Terms
 from .objectives import current_losses, Objective, relations_of
 from .relation import SKIP
+from .scoring import Scorer
 from .similarities import SIMILARITIES
 from .steps import Reader
+from .texts import numbered
 from .token_similarities import bags, lexical, maxsim, TokenVectors
 from .tokens import length_limit, tokenize
 
@@ -392,6 +396,21 @@ def checked_weights(
     if unknown := (given or {}).keys() - usual.keys(): raise InputError(f"{name} for {min(unknown)!r}", "M3", ", ".join(usual))
     if bad := [k for k, v in (given or {}).items() if not isinstance(v, (int, float)) or v < 0]: raise InputError(f"{name}={given!r}", "M3", f"numbers, 0 or more, for {bad[0]}")
     return usual | (given or {})
+
+# %% ../nbs/71_m3.ipynb #b3885117
+def m3_scorer(
+    model, # a SentenceTransformer with heads
+    weights=(1, 0.3, 1), # of dense, lexical, multi in the mix
+    **options, # of `encode_tokens`: tokens_per_forward
+) -> Scorer: # for `score_groups` and `blend`
+    "The mix of all heads as a teacher's scores."
+    def score(pairs):
+        (queries, q), (documents, d) = (numbered(o) for o in zip(*pairs))
+        texts = [encode_tokens(model, some, role, progress=False, **options) for some, role in ((q, "query"), (d, "document"))]
+        found = similarities_of(texts[0][torch.as_tensor(queries)], texts[1], torch.as_tensor(documents)[:, None])
+        return mixed(found, weights)[:, 0]
+    mixed({name: torch.zeros(1, 1) for name in ("dense", *heads_of(model))}, weights)  # what is wrong with the weights is said now
+    return Scorer(score, "three heads", lambda: ["three heads", weights_key(model), json.dumps(model.prompts, sort_keys=True), str(model.max_seq_length), str(weights)])
 
 # %% ../nbs/71_m3.ipynb #5d0c3c39
 def load_m3(
