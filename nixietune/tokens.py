@@ -99,7 +99,7 @@ def _key_parts(model, texts, role, prompts, max_length):
 def _what_changed(parts, folder):
     "The parts in which `parts` differs from the store most like it; empty when there is none like it."
     best = []
-    for meta in folder.glob("*/parts.json"):
+    for meta in folder.glob("[!.]*/parts.json"):  # what begins with a dot is being written, by another process
         old = json.loads(meta.read_text())
         differ = [name for name in parts if old.get(name) != parts[name]]
         if "role" not in differ and len(differ) < len(best or parts) - (not best): best = differ

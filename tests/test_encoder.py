@@ -331,3 +331,11 @@ def test_e5_gets_its_prompts(tmp_path, capsys):
     capsys.readouterr()
     own = load_encoder(folder, prompts={"query": "a: "})
     assert own.prompts == {"query": "a: ", "document": ""} and "query: " not in capsys.readouterr().out
+
+
+def test_a_store_that_another_process_is_writing(tmp_path):
+    "Its folder begins with a dot, and its files are half there."
+    half = tmp_path / ".abc.1234.tmp"
+    half.mkdir()
+    (half / "parts.json").write_text("")
+    assert len(tokenize(tiny_model(), ["a red bird"], folder=tmp_path)) == 1
