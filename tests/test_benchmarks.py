@@ -34,7 +34,7 @@ def test_losses(tmp_path): assert len(run(tmp_path, "losses")[1]["rows"]) == 2
 def test_data(tmp_path): assert [row["rows"] for row in run(tmp_path, "data")[1]["rows"]] == [500] * 4
 
 
-def test_quality(tmp_path): assert {o["way"] for o in run(tmp_path, "quality", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
+def test_shortcuts(tmp_path): assert {o["way"] for o in run(tmp_path, "shortcuts", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
 
 
 def test_choosing(tmp_path):

@@ -1,4 +1,4 @@
-"""Does what makes training faster cost quality? `python benchmarks/quality.py --help`
+"""Does what makes training faster cost quality? `python benchmarks/shortcuts.py --help`
 
 Fine-tunes all-MiniLM-L6-v2 on lay terms, with its dropout, several seeds a way, and measures nDCG@10 on the test queries. The ways:
 as usual; with attention weights that are not dropped, as the variable-length kernel of GPUs has it; and with groups of like
@@ -74,6 +74,6 @@ def main(o):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=3, help="seeds a way (%(default)s)")
-    p.add_argument("--json", default="runs/quality.json", help="where results are, and go on from (%(default)s)")
+    p.add_argument("--json", default="runs/shortcuts.json", help="where results are, and go on from (%(default)s)")
     p.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     main(p.parse_args())
