@@ -22,7 +22,7 @@ ARMS = { # what `mine_negatives` is asked for; None: nothing is mined
     "none": None, "random": dict(sampling="random"), "raw": dict(relative=None, near=None), "filtered": {}}
 KINDS = { # model -> how it is trained and measured; the first of each list is where choosing begins
     "wordllama": dict(length=None, batch=128, own=7, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100, 300), dev=None, test=None, pool=None),
-    "minilm": dict(length=64, batch=32, own=1, rates=(1e-4, 3e-4), temperatures=(0.05, 0.02), steps=(16,), dev=150, test=600, pool=600),
+    "minilm": dict(length=64, batch=32, own=1, rates=(1e-4, 3e-4), temperatures=(0.05, 0.02), steps=(16,), dev=100, test=600, pool=400),
     "tiny": dict(length=None, batch=16, own=2, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
@@ -167,10 +167,10 @@ class Bench:
 
     def tuned(self, data, seed): return self.work/"tuned"/f"{data}-{seed}"
 
-    def negatives(self, data, seed):
-        "Every arm with one seed."
+    def negatives(self, data, seed, arms=("none",)):
+        "Some arms with one seed."
         setting = self.setting(data)
-        for arm in ARMS:
+        for arm in arms:
             def make():
                 model = self.train(data, arm, seed=seed, **setting)
                 if arm == "none": model.save_pretrained(str(self.tuned(data, seed)))
@@ -190,7 +190,7 @@ class Bench:
     def merging(self, data, seed, first):
         "The tuned model on the probes, the mix on all."
         import nixietune as nt
-        self.negatives(data, seed) # where it was not done, and for the weights
+        self.negatives(data, seed) # where it was not done
         share = self.share(data, first)
         for part, what in ((1.0, "tuned"), (share, "merged")):
             model = functools.cache(lambda: nt.mix_models([self.base, str(self.tuned(data, seed))], [1 - part, part]))
@@ -252,13 +252,14 @@ def main(o):
     bench.baseline()
     for seed in seeds:
         for stage in o.stages:
-            for data in sets: bench.negatives(data, seed) if stage == "negatives" else bench.merging(data, seed, seeds[0])
+            for data in sets: bench.negatives(data, seed, o.arms) if stage == "negatives" else bench.merging(data, seed, seeds[0])
     for stage in o.stages: print(Table([*rows_of(book, name, stage)], stage, formats={"nDCG@10": ".1f", "difference": "+.1f", "low": "+.1f", "high": "+.1f"}))
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stages", nargs="*", default=["negatives", "merging"], metavar="stage", help="negatives, merging (both)")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="of the first stage (all)")
     p.add_argument("--model", choices=[o for o in KINDS if o != "tiny"], default="wordllama", help="what is trained (%(default)s)")
     p.add_argument("--data", action="append", default=[], metavar="DIR", help="a further set: a folder in BEIR's layout with train, dev and test; several times for several")
     p.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
