@@ -21,8 +21,8 @@ NDCG = "ndcg@10"
 ARMS = { # what `mine_negatives` is asked for; None: nothing is mined
     "none": None, "random": dict(sampling="random"), "raw": dict(relative=None, near=None), "filtered": {}}
 KINDS = { # model -> how it is trained and measured; the first of each list is where choosing begins
-    "wordllama": dict(length=None, batch=128, own=7, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100, 300), dev=None, test=None, pool=None),
-    "minilm": dict(length=64, batch=32, own=1, rates=(1e-4, 3e-4), temperatures=(0.05, 0.02), steps=(16,), dev=100, test=600, pool=400),
+    "wordllama": dict(length=None, batch=128, own=7, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), dev=None, test=None, pool=None),
+    "minilm": dict(length=64, batch=32, own=1, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
     "tiny": dict(length=None, batch=16, own=2, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
