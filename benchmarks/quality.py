@@ -1,7 +1,7 @@
 """Does fine-tuning make search better, do hard negatives help, what is forgotten, and what brings merging? `python benchmarks/quality.py --help`
 
-Two stages. `negatives` trains with no, random, raw hard and filtered hard negatives: the same model, groups, steps, rate and temperature,
-several seeds. `merging` takes the models that were trained without negatives, mixes them with the base, and measures all three on the
+Three stages. `negatives` trains with no, random, raw hard and filtered hard negatives: the same model, groups, steps, rate and temperature,
+several seeds. `numbers` does so with more filtered ones, and with those that answer another query. `merging` takes the models that were trained without negatives, mixes them with the base, and measures all three on the
 test queries of their own set and of the other sets (probes). Rate, temperature, steps and the share of the mix are chosen on dev. Every
 run is written at once, and what is in the file is not run again.
 """
@@ -20,10 +20,12 @@ from choosing import Book, trimmed
 NDCG = "ndcg@10"
 ARMS = { # what `mine_negatives` is asked for; None: nothing is mined
     "none": None, "random": dict(sampling="random"), "raw": dict(relative=None, near=None), "filtered": {}}
+MORE = { # further arms of the stage `numbers`; "answers": the documents that answer some training query are searched, not the whole corpus
+    "filtered, 2": dict(number=2), "filtered, 7": dict(number=7), "filtered, 7 of answers": dict(number=7, corpus="answers")}
 KINDS = { # model -> how it is trained and measured; the first of each list is where choosing begins
-    "wordllama": dict(length=None, batch=128, own=7, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), dev=None, test=None, pool=None),
-    "minilm": dict(length=64, batch=32, own=1, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
-    "tiny": dict(length=None, batch=16, own=2, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
+    "wordllama": dict(length=None, batch=128, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), dev=None, test=None, pool=None),
+    "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
+    "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
 
@@ -124,17 +126,24 @@ class Bench:
         return nt.embed(self.base, texts, role, cache=self.work/"vectors", progress=False)
 
     def groups(self, data, arm):
-        "Training groups with the negatives of an arm, mined once by the base from the whole corpus."
+        "Training groups with the negatives of an arm, mined once by the base."
         import nixietune as nt
-        problem, path = self.sets[data], self.work/f"{data}-{arm}.jsonl"
-        if ARMS[arm] is None: return problem.train
+        problem, path, options = self.sets[data], self.work/f"{data}-{arm}.jsonl", (ARMS | MORE)[arm]
+        if options is None: return problem.train
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            mined, report = nt.mine_negatives(problem.train, None if arm == "random" else self.embed, problem.corpus, existing="replace", report=True, progress=False, **ARMS[arm])
-            self.book.content["facts"].setdefault("mined", {}).setdefault(self.name, {}).setdefault(data, {})[arm] = {
-                "a query": round(sum(report.counts)/len(problem.train), 2), "none": int(sum(not o for o in report.counts))}
+            encoder, searched = None if "sampling" in options else self.embed, nt.corpus_of(problem.train) if "corpus" in options else problem.corpus
+            mined, report = nt.mine_negatives(problem.train, encoder, existing="replace", report=True, progress=False, **options | {"corpus": searched})
             nt.write_groups(mined, path)
+            self.note(data, arm, mined, report)
         with nt.quiet(): return nt.load_groups(path)
+
+    def note(self, data, arm, mined, report):
+        "Keep what was mined in the facts: how much, and how many answers to test queries are among it."
+        used = {o["doc_id"] for some in mined["neg"][:] for o in some}
+        hit = [bool(used & {o["doc_id"] for o in pos}) for pos in self.sets[data].parts["test"]["pos"][:]]
+        self.book.content["facts"].setdefault("mined", {}).setdefault(self.name, {}).setdefault(data, {})[arm] = {
+            "negatives": int(sum(report.counts)), "documents": len(used), "queries without": int(sum(not o for o in report.counts)), "hit": "".join(str(int(o)) for o in hit)}
 
     def train(self, data, arm, rate, temperature, steps, seed):
         "A model, trained from the base."
@@ -142,7 +151,7 @@ class Bench:
         model = self.load()
         with tempfile.TemporaryDirectory() as folder, nt.quiet():
             args = nt.TrainingArguments(folder, learning_rate=rate, per_device_train_batch_size=self.kind["batch"], max_steps=steps, seed=seed, precision="fp32",
-                train_group_size=self.kind["own"] + 1, logging_steps=1.0, tokens_per_forward=10**7 if self.name == "wordllama" else None)
+                train_group_size=None, logging_steps=1.0, tokens_per_forward=10**7 if self.name == "wordllama" else None)
             nt.Trainer(model, args, self.groups(data, arm), loss=nt.InfoNCE(temperature)).train()
         return model
 
@@ -228,8 +237,8 @@ def rows_of(book, model, stage):
     def row(some, beside): return dict(zip(("difference", "low", "high"), pooled(some, beside)), **{"nDCG@10": sum(each(o).mean() for o in some)/len(some), "seeds": len(some), "queries": len(each(some[0]))})
     for data in dict.fromkeys(o["config"]["data"] for o in runs(stage="negatives")):
         none = runs(stage="negatives", data=data, arm="none")
-        if stage == "negatives":
-            for arm in ARMS:
+        if stage != "merging":
+            for arm in ARMS if stage == "negatives" else ["none", *MORE]:
                 if (some := runs(stage="negatives", data=data, arm=arm)): yield dict(model=model, set=data, negatives=arm, **row(some, [o for o in none if o["config"]["seed"] in [s["config"]["seed"] for s in some]]))
         else:
             for on in dict.fromkeys([data, *(o["config"]["on"] for o in runs(stage="base"))]):
@@ -252,13 +261,13 @@ def main(o):
     bench.baseline()
     for seed in seeds:
         for stage in o.stages:
-            for data in sets: bench.negatives(data, seed, o.arms) if stage == "negatives" else bench.merging(data, seed, seeds[0])
+            for data in sets: bench.merging(data, seed, seeds[0]) if stage == "merging" else bench.negatives(data, seed, o.arms if stage == "negatives" else ["none", *MORE])
     for stage in o.stages: print(Table([*rows_of(book, name, stage)], stage, formats={"nDCG@10": ".1f", "difference": "+.1f", "low": "+.1f", "high": "+.1f"}))
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stages", nargs="*", default=["negatives", "merging"], metavar="stage", help="negatives, merging (both)")
+    p.add_argument("stages", nargs="*", default=["negatives", "merging"], metavar="stage", help="negatives, merging (these two), numbers")
     p.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="of the first stage (all)")
     p.add_argument("--model", choices=[o for o in KINDS if o != "tiny"], default="wordllama", help="what is trained (%(default)s)")
     p.add_argument("--data", action="append", default=[], metavar="DIR", help="a further set: a folder in BEIR's layout with train, dev and test; several times for several")
