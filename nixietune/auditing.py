@@ -26,7 +26,7 @@ from typing import Callable
 from .core import InputError, check_range, fingerprint
 from .display import Table, say
 from .evaluation import encode_texts, similarity_of
-from .index import METRICS
+from .index import pair_scorer
 from .dialects import DOCUMENT, GROUP, SIDES
 from .plots import plot_lengths, plot_scores
 from .texts import NEAR, near_duplicates, normal_form, numbered, script_of, shortened, things
@@ -501,12 +501,7 @@ def encoder_scores(
     prompts = list(zip(groups["prompt"][:], groups["instruction"][:]))
     vectors = [np.asarray(encode_texts(encoder, *o), np.float32)
         for o in ((groups["query"][:], "query", prompts), (texts, "document"))]
-    by = METRICS[similarity_of(encoder)](vectors[1])
-    row, text, scores = items["row"].to_numpy(), items["text"].to_numpy(), np.empty(len(items))
-    for start in range(0, len(items), 10_000):
-        here = slice(start, start + 10_000)
-        scores[here] = by.exact(vectors[0][row[here]].astype("float64"), vectors[1][text[here], None].astype("float64"), text[here, None])[:, 0]
-    return scores
+    return pair_scorer(*vectors, similarity_of(encoder))(items["row"].to_numpy(), items["text"].to_numpy())
 
 # %% ../nbs/33_audit.ipynb #c61df853
 def above_positives(

@@ -61,8 +61,11 @@ def _known(texts, documents, places):
         group, docs, _, _ = _items(groups, "pos")
         query = np.array([texts.get(o, -1) for o in groups["query"][:]], np.int64)[group]
         pairs.append(np.stack([query, np.array([numbers.get(o, -1) for o in docs], np.int64)]))
-    for first, other in more: pairs += [np.stack([o[0], np.full(o.shape[1], other)])[:, o[1] == first] for o in pairs[:len(places)]]
-    pairs = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    query, document = np.concatenate(pairs, axis=1)
+    first, other = np.array(sorted(more), np.int64).reshape(-1, 2).T  # a text behind several prompts is several documents
+    count = np.searchsorted(first, document, "right") - (start := np.searchsorted(first, document))
+    others = other[np.arange(count.sum()) + (start - count.cumsum() + count).repeat(count)]
+    pairs = np.unique([np.r_[query, query.repeat(count)], np.r_[document, others]], axis=1)
     pairs = pairs[:, (pairs >= 0).all(0)]
     return np.searchsorted(pairs[0], np.arange(len(texts) + 1)), pairs[1]
 

@@ -6,6 +6,7 @@
 __all__ = ['CONFIGS', 'config_path', 'config_text']
 
 # %% ../nbs/87_configs.ipynb #30c6937b
+from importlib.resources import files
 from pathlib import Path
 from .core import InputError
 
@@ -20,15 +21,15 @@ CONFIGS = {
     "deepspeed_stage1": ("deepspeed_stage1.json", "the same for decoders"),
 }
 
-
+# %% ../nbs/87_configs.ipynb #ffbdec78
 def config_path(
     name, # a key of `CONFIGS`
 ) -> Path: # a file of the installed package
     "Where a configuration is."
     if name not in CONFIGS: raise InputError(f"no configuration {name!r}", "config", ", ".join(CONFIGS))
-    return Path(__file__).parent/"configs"/CONFIGS[name][0]
+    return Path(str(files("nixietune")/"configs"/CONFIGS[name][0]))
 
-
+# %% ../nbs/87_configs.ipynb #499c7a40
 def config_text(
     name, # a key of `CONFIGS`
 ) -> str:

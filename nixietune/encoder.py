@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'POOLING', 'why_not_packed', 'Layout', 'prepare', 'layout_of', 'prompt_of',
            'instruction_format', 'each_prompt', 'query_prompts', 'plan_forwards', 'make_features', 'tokens_in',
-           'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'encode_together', 'to_device', 'text_forwards',
-           'autocast', 'check_layout', 'local_path', 'check_model_path', 'load_encoder', 'set_prompts',
-           'set_max_length', 'set_pooling', 'set_dropout']
+           'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'weights_divided', 'encode_together',
+           'to_device', 'text_forwards', 'autocast', 'check_layout', 'local_path', 'check_model_path', 'load_encoder',
+           'set_prompts', 'set_max_length', 'set_pooling', 'set_dropout']
 
 # %% ../nbs/21_encoder.ipynb #b3b1f2df
 import copy, importlib.util, os
@@ -275,6 +275,13 @@ def encode(
     return vectors[[distinct[pair] for pair in zip(each, texts)]]
 
 # %% ../nbs/21_encoder.ipynb #ab1aeee1
+def weights_divided(
+    model, # a module
+) -> bool:
+    "Has each process only a part of the weights?"
+    return any(isinstance(o, DTensor) for o in model.parameters())
+
+
 def encode_together(
     model, # a SentenceTransformer, the same in every process
     texts, # list of texts, the same in every process
@@ -285,7 +292,7 @@ def encode_together(
     "The vectors that `encode` gives, by all processes of a run; every one of them has to call it."
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     each = each_prompt(model, texts, role, prompts)
-    if size == 1 or len(texts) < size or any(isinstance(o, DTensor) for o in model.parameters()): return encode(model, texts, role, prompts=each, **options)
+    if size == 1 or len(texts) < size or weights_divided(model): return encode(model, texts, role, prompts=each, **options)
     own = torch.from_numpy(encode(model, texts[rank::size], role, prompts=each[rank::size], **options)).to(model.device)
     most = -(-len(texts)//size)
     found = [own.new_empty(most, own.shape[1]) for _ in range(size)]

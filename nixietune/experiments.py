@@ -16,7 +16,7 @@ from .arguments import precision_in, TrainingArguments
 from .batching import tasks_of
 from .comparison import compare, Comparison
 from .core import InputError, runtime, set_seed, versions
-from .display import say
+from .display import quiet, say
 from .encoder import load_encoder, prepare, set_dropout, set_max_length
 from .evaluation import evaluate, Evaluation, relevance
 from .foreign import as_groups
@@ -88,7 +88,7 @@ def three_sets(
 def _split(groups, split, seed, by):
     "Three splits. Where documents are classes (type no_in_batch_neg), sharing one is no leak: those groups are split by their queries."
     from datasets import concatenate_datasets
-    classes = tasks_of(groups)["alone"]
+    with quiet(): classes = tasks_of(groups)["alone"]  # a type that nobody knows is named when training begins
     parts = [split_groups(groups.select(np.flatnonzero(some)), split, seed, by=how) for some, how in ((~classes, by), (classes, "query")) if some.any()]
     return tuple(concatenate_datasets([*o]) for o in zip(*parts))
 

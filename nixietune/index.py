@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'TILE', 'MANY', 'METRICS', 'GROUP', 'BACKENDS', 'SPARE', 'APPROXIMATE', 'checked_vectors', 'as_float',
-           'blocks', 'squares', 'vector_lengths', 'search']
+           'blocks', 'squares', 'vector_lengths', 'search', 'pair_scorer']
 
 # %% ../nbs/30_search.ipynb #221ffa41
 from functools import partial
@@ -332,3 +332,20 @@ def search(
     backend = "torch" if backend == "auto" else backend
     found = [_search_all(q[s:s + MANY], d, k, by, backend, devices) for s in range(0, len(q), MANY)]
     return tuple(map(np.concatenate, zip(*found)))
+
+# %% ../nbs/30_search.ipynb #62e809b6
+def pair_scorer(
+    queries:"numpy.ndarray", # float [Q, d]
+    documents:"numpy.ndarray", # float [D, d]
+    metric:str="cos", # as for `search`
+): # (rows of queries int64 [n], rows of documents int64 [n]) -> float64 [n]
+    "A function that gives the exact scores of pairs, equal to those of `search`."
+    import numpy as np
+    exact, step = METRICS[metric](documents).exact, 2**20//max(1, documents.shape[1]) + 1 # 16 MiB for both sides
+    def score(query, document):
+        found = np.empty(len(query))
+        for s in range(0, len(query), step):
+            q, d = query[s:s + step], document[s:s + step]
+            found[s:s + step] = exact(as_float(queries[q], "float64"), as_float(documents[d], "float64")[:, None], d[:, None])[:, 0]
+        return found
+    return score

@@ -101,6 +101,7 @@ class InfoNCE:
     hard_ones: str = "all" # negatives that this is for: "all", "own" or "in_batch"
     directions: tuple = ("query_to_doc",) # see below
     partition: str = "joint" # one softmax over all directions, or one "per_direction"
+    untaught: bool = False # only of queries without a teacher's score, beside a loss that reads those
 
     similarities, learns_from, __post_init__ = ("cos", "dot"), "positives", lambda self: _check(self)
     def __repr__(self):
@@ -117,7 +118,8 @@ class InfoNCE:
     def blocks(self): return tuple(o for o in ("query_to_query", "doc_to_doc") if o in self.directions)
     def __call__(self, similarities, relation):
         "f32[B, K] or `Blocks`, and the relation of the same view -> one term a query; a query without a positive has weight 0."
-        return _contrast(self, similarities, relation)
+        found = _contrast(self, similarities, relation)
+        return found._replace(weight=found.weight*relation.teacher.isnan().all(1)) if self.untaught else found
 
 # %% ../nbs/52_losses.ipynb #543332b7
 def _contrast(loss, similarities, relation):

@@ -277,21 +277,17 @@ def model_of(
     from nixietune.encoder import load_encoder
     s, named = settings, {"query": "query_prompt", "document": "document_prompt", "instruction_format": "instruction_format"}
     prompts = {role: s[name] for role, name in named.items() if s[name] is not None} or None
-    lengths = {"query": s["query_length"] or s["max_length"], "document": s["document_length"] or s["max_length"]}
-    if None in lengths.values(): lengths = s["max_length"] if lengths["query"] == lengths["document"] else _both(lengths)
+    lengths = {role: s[f"{role}_length"] or s["max_length"] for role in ("query", "document")}
+    missing = [f"{role}_length" for role, n in lengths.items() if n is None]
+    if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")
     hub = {ours: s[name] for ours, name in (("cache_folder", "cache_dir"), ("token", "token")) if s[name]} | ({"trust_remote_code": True} if s["trust_remote_code"] else {})
-    model = load_encoder(s["model"], s["forward"], prompts, lengths, s["pooling"], s["normalize"], s["dropout"], **hub)
+    model = load_encoder(s["model"], s["forward"], prompts, None if missing else lengths, s["pooling"], s["normalize"], s["dropout"], **hub)
     for o in s["merge_adapters"] or []: merge_adapter(load_adapter(model, o))
     if s["head"]: add_head(model, s["head"], s["seed"])
     if s["adapter"]: load_adapter(model, s["adapter"])
     elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], seed=s["seed"])
     if s["freeze"]: freeze(model, *s["freeze"])
     return model
-
-
-def _both(lengths):
-    missing = next(role for role, n in lengths.items() if n is None)
-    raise InputError(f"{missing}_length is not given", "settings", "both query_length and document_length, or max_length for the other")
 
 # %% ../nbs/88_settings.ipynb #c7560c06
 def arguments_of(
@@ -331,7 +327,8 @@ def run_settings(
 def _keep_adapter(model, output):
     "An adapter by itself, beside the model that it is merged into."
     from nixietune.adapters import has_adapter, save_adapter
-    if has_adapter(model) and os.environ.get("RANK", "0") == "0": save_adapter(model, output/"adapter")
+    from nixietune.display import first_process
+    if has_adapter(model) and first_process(): save_adapter(model, output/"adapter")
 
 
 def _teachers(settings):
@@ -351,7 +348,7 @@ def _train_only(settings, groups, beside):
     from nixietune.arguments import TrainingArguments
     from nixietune.adapters import save_merged
     from nixietune.core import set_seed
-    from nixietune.display import say
+    from nixietune.display import first_process, say
     from nixietune.training import Trainer
     s = settings
     set_seed(s["seed"])
@@ -359,5 +356,5 @@ def _train_only(settings, groups, beside):
     say("nothing is measured: nobody will know whether the model got better (measure: true, with a test set of your own or one that is split off)")
     trainer = Trainer(model_of(s), TrainingArguments(s["output"], seed=s["seed"], **arguments_of(s)), groups, loss=objective_of(s), **beside)
     trainer.train(s["resume"])
-    if trainer.is_world_process_zero(): save_merged(trainer.model, Path(s["output"])/"model")
+    if first_process(): save_merged(trainer.model, Path(s["output"])/"model")
     _keep_adapter(trainer.model, Path(s["output"]))

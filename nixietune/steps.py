@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
+from .encoder import weights_divided
 
 # %% ../nbs/55_steps.ipynb #2c027525
 class CachedForwards(torch.autograd.Function):
@@ -115,8 +116,7 @@ def even(
     forwards, # of this process
 ) -> list: # of as many in every process, where weights are divided
     "Forwards that every process makes as many of, if it has to."
-    from torch.distributed.tensor import DTensor
-    if not any(isinstance(o, DTensor) for o in model.parameters()): return forwards
+    if not weights_divided(model): return forwards
     most = torch.tensor(len(forwards), device=model.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return [*forwards, *forwards[-1:]*(int(most) - len(forwards))]

@@ -13,7 +13,7 @@ import numpy as np
 from .core import atomic_path, fingerprint, InputError, write_json
 from .display import Progress, say
 from .embeddings import find_keys, sort_keys, text_keys
-from .encoder import encode, load_encoder, query_prompts
+from .encoder import encode, load_encoder, query_prompts, twins_of
 from .files import rows_in
 
 # %% ../nbs/41_teachers.ipynb #de77d8d2
@@ -76,6 +76,7 @@ def teacher_vectors(
     path, # the folder to write
     dtype="float32", # or "float16": half the disk, and a thousandth of precision lost
     piece=4096, # texts at a time
+    devices=None, # torch devices that share the work, like ["cuda:0", "cuda:1"]; the model's own without it
 ) -> Vectors:
     "Compute a teacher's vectors once, and keep them; an interrupted call goes on where it stopped."
     if dtype not in ("float32", "float16"): raise InputError(f"dtype={dtype!r}", "teacher_vectors", "'float32' or 'float16'")
@@ -86,8 +87,9 @@ def teacher_vectors(
     texts, prompts = texts_of(groups, model) if roles else ({"document": list(dict.fromkeys(groups))}, {"document": [""]*len({*groups})})
     keys = np.concatenate([text_keys(texts[role], role if roles else "") for role in texts])
     if Path(path).exists(): return _again(path, model, texts, prompts, dtype)
+    if devices is not None: devices = twins_of(model, devices)
     steps = [(role, i) for role in texts for i in range(0, len(texts[role]), piece)]
-    def found(role, i, n=piece): return encode(model, texts[role][i:i + n], role, prompts=prompts[role] and prompts[role][i:i + n], progress=False)
+    def found(role, i, n=piece): return encode(model, texts[role][i:i + n], role, prompts=prompts[role] and prompts[role][i:i + n], progress=False, devices=devices)
     first = found(*steps[0], 3)
     about = {"model": name, "rows": len(keys), "dim": first.shape[1], "dtype": dtype, "texts": fingerprint(keys), "roles": roles}
     folder, array, done = _unfinished(path, about, keys, first)

@@ -439,7 +439,7 @@ class _Running(_Enduring):
         if place: self.take_plan(place)
         elif measured and together(int(self.source.layout.name == "bucketed"), a): self.source.layout = prepare(self.model, "bucketed")
         for precision in {"fp32", precision_in(a)}: check_layout(self.model, precision=precision)  # other kernels, other errors
-        say(self.announcement(measured))
+        say("\n".join([self.announcement(measured), *([f"going on from {Path(place).name}"] if place else [])]))
         if self.is_world_process_zero():
             sweep(a.output_dir)
             if not place and (aside := set_aside(a.output_dir)): say(f"checkpoints of an earlier run are now in {aside}")

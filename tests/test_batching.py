@@ -6,6 +6,7 @@ import torch
 from nixietune.batching import BatchKey, batch_labels, costs_of, counts, draw, index_groups, KeySampler, sampler_of, shortages, Source
 from nixietune.groups import make_groups
 from nixietune.core import InputError
+from nixietune.encoder import prepare
 from nixietune.losses import CoSENT, InfoNCE, Triplet
 from nixietune.objectives import Objective, PerDataset
 from nixietune.relation import NEG, OWN, POS, relate, SKIP
@@ -234,3 +235,16 @@ def test_a_query_alone(loss):
     expected = torch.nn.functional.cross_entropy(torch.nn.functional.cosine_similarity(q[:1], d[:2])[None]/0.1 + getattr(loss, "hardness", 0)*torch.tensor([[0, 1.]])*torch.nn.functional.cosine_similarity(q[:1], d[:2]), torch.tensor([0]))
     if len(loss.directions) == 1: assert terms[0] == pytest.approx(expected.item(), abs=1e-5)
     assert (terms[1:] - moved[1:]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("forward", ["padded", "bucketed"])
+def test_padded_to_multiples(forward):
+    "Every padded forward is as long as a multiple of what was asked, and its texts stay the same."
+    model = tiny_model()
+    prepare(model, forward)
+    index = index_groups(toy_groups(24), model=model)
+    plain, rounded = (Source(model, index, 300, multiple=o) for o in (1, 8))
+    key = BatchKey(0, 0, tuple(range(8)), 0)
+    lengths = [[pack["input_ids"].shape[1] for pack in source[key]["packs"]] for source in (plain, rounded)]
+    assert all(o % 8 == 0 for o in lengths[1]) and any(o % 8 for o in lengths[0])
+    assert plain[key]["label"]["real"] == rounded[key]["label"]["real"]

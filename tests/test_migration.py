@@ -1,6 +1,9 @@
 "The commands that other systems print run here, and every argument of theirs has a place or a reason."
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from nixietune.cli import main
+from nixietune.configs import config_text
 from nixietune.core import InputError
 from nixietune.losses import InfoNCE, M3KD
 from nixietune.migration import read_command, rules_of, SYSTEMS, translate
@@ -140,7 +144,7 @@ def test_the_first_nixietune(folder):
 def test_what_flagembedding_decides_together():
     def losses(**given): return translate("flagembedding", given)["loss"]
     assert losses(knowledge_distillation="True", temperature="0.05") == ["InfoNCE(0.05, in_batch=True, similarity='cos')", "KL(0.05, 1.0, similarity='cos')"]
-    assert read_loss(losses(knowledge_distillation=True, kd_loss_type="m3_kd_loss")[0]) == (M3KD(0.02, 1.0), 1.0)
+    assert [read_loss(o) for o in losses(knowledge_distillation=True, kd_loss_type="m3_kd_loss")] == [(M3KD(0.02, 1.0), 1.0), (InfoNCE(0.02, untaught=True), 1.0)]
     assert read_loss(losses(use_inbatch_neg="False", normlized="False")[0]) == (InfoNCE(1.0, in_batch=False, similarity="dot"), 1.0)
     found = translate("flagembedding", {"sub_batch_size": "4", "passage_max_len": "100", "fix_position_embedding": "True", "use_mrl": "True", "mrl_dims": ["256", "64"], "use_lora": "True", "lora_rank": "8"})
     assert found["arguments"] == {"warmup_steps": 0, "negatives_cross_device": False, "cache_gradients": True, "tokens_per_forward": 400}
@@ -173,3 +177,13 @@ def test_lora_from_a_run_file(folder):
     assert Path("again/model/modules.json").is_file() and not Path("again/metrics.json").exists()
     settings = read_settings(TRAIN, "run.yaml", {"patience": 3})
     assert arguments_of(settings)["eval_strategy"] == "epoch" and arguments_of(settings)["load_best_model_at_end"]
+
+
+def test_under_accelerate(folder):
+    "Two processes: batches of each make one step, so there are half as many as with one."
+    said = "flagembedding --model_name_or_path tiny --train_data toy_finetune_data.jsonl --output_dir out --per_device_train_batch_size 8 --train_group_size 3 --num_train_epochs 1 --learning_rate 1e-3 --negatives_cross_device"
+    Path("ddp.yaml").write_text(config_text("ddp"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml", "-m", "nixietune.cli", *said.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert figures("out")["facts"]["training"]["steps"] == 4  # 64 groups, the rest is measured on

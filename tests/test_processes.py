@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from nixietune.checkpoints import last_checkpoint
 from nixietune.distillation import DistillVectors
 from nixietune.encoder import encode, encode_together
 from nixietune.foreign import SentenceTransformersLoss
-from nixietune.groups import make_groups
+from nixietune.groups import make_groups, write_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
 from nixietune.objectives import Matryoshka, Objective, PerDataset
 from nixietune.steps import Step, union
@@ -201,6 +203,32 @@ def test_the_trainer_in_two_processes(tmp_path, monkeypatch):
         assert one["searches"] is False, name  # for parameters without a gradient: the pooler is frozen
         assert torch.allclose(torch.tensor(one["losses"]), torch.tensor(expected["losses"]), atol=2e-4), name
         assert (one["weights"] - expected["weights"]).abs().max() < 1e-4, name
+
+
+LAUNCHED = """import signal, sys
+import nixietune as nt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+nt.launch({"model": "tiny", "groups": ["rows.jsonl"], "output": "run", "batch_size": 8, "epochs": int(sys.argv[1]), "save_steps": 5, "learning_rate": 1e-3, "resume": True})
+"""
+
+
+@pytest.mark.slow
+def test_a_launched_run_is_stopped(tmp_path, monkeypatch):
+    "Ctrl-C in the cell that launched two processes: they end their step, write a checkpoint, and none of them stays; the same call goes on."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
+    tiny_model().save_pretrained("tiny")
+    write_groups(toy_groups(80), "rows.jsonl")
+    with open("said.txt", "w") as said: process = subprocess.Popen([sys.executable, "-c", LAUNCHED, "200"], stdout=said, stderr=said)
+    while process.poll() is None and not Path("run/checkpoint-5").exists(): time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) and "KeyboardInterrupt" in Path("said.txt").read_text()
+    assert not [o for o in family if o.is_running()]
+    stopped = int(last_checkpoint("run").rsplit("-", 1)[1])
+    done = subprocess.run([sys.executable, "-c", LAUNCHED, str(-(-stopped//4) + 1)], capture_output=True, text=True, timeout=300)  # four steps an epoch
+    assert done.returncode == 0 and f"going on from checkpoint-{stopped}" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "run/model").exists()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -70,6 +71,13 @@ def quiet_run(folder, epochs):
     os._exit(0)
 
 
+def last_step(run):
+    "The newest step in the log, whose last line may be half written."
+    log = run / "log.jsonl"
+    steps = re.findall(r'"step": ?(\d+)', log.read_text()) if log.exists() else []
+    return int(steps[-1]) if steps else 0
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     "The weights of a run that nothing happens to."
@@ -83,11 +91,11 @@ def test_killed_at_any_moment(tmp_path):
     "kill -9, twenty times, while it computes or writes: whatever bears the name of a checkpoint is whole, and the end is the same bit for bit."
     epochs, rng, run, reached = 10, random.Random(0), tmp_path / "run", [0]
     expected = finish(tmp_path / "whole", epochs)
-    for n in range(20):
+    for _ in range(20):
         child = forked(quiet_run, run, epochs)
-        begun, log, seen = time.monotonic(), run / "log.jsonl", (run / "log.jsonl").stat().st_size if n else 0
-        while child.is_alive() and time.monotonic() - begun < 60 and not (log.exists() and log.stat().st_size > seen): time.sleep(0.01)  # until it takes steps
-        child.join(rng.uniform(0.0, 0.6))
+        begun, some = time.monotonic(), reached[-1] + rng.randint(1, 4)  # steps, on however busy a machine
+        while child.is_alive() and time.monotonic() - begun < 60 and last_step(run) < some: time.sleep(0.01)
+        child.join(rng.uniform(0.0, 0.2))
         child.kill()
         child.join()
         newest = last_checkpoint(run)
