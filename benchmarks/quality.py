@@ -1,9 +1,9 @@
 """Does fine-tuning make search better, do hard negatives help, what is forgotten, and what brings merging? `python benchmarks/quality.py --help`
 
 Three stages. `negatives` trains with no, random, raw hard and filtered hard negatives: the same model, groups, steps, rate and temperature,
-several seeds. `numbers` does so with more filtered ones, and with those that answer another query. `merging` takes the models that were trained without negatives, mixes them with the base, and measures all three on the
-test queries of their own set and of the other sets (probes). Rate, temperature, steps and the share of the mix are chosen on dev. Every
-run is written at once, and what is in the file is not run again.
+several seeds. `numbers` does so with more filtered ones, and with those that answer another query. `merging` takes the models that were
+trained with filtered ones, mixes them with the base, and measures all three on the test queries of their own set and of the other sets
+(probes). Rate, temperature and the share of the mix are chosen on dev. Every run is written at once, and what is in the file is not run again.
 """
 import argparse
 import functools
@@ -27,6 +27,7 @@ KINDS = { # model -> how it is trained and measured; the first of each list is w
     "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
     "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
+TUNED = "filtered" # the arm whose models are mixed
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
 
 
@@ -174,17 +175,18 @@ class Bench:
             if len(self.kind[values]) > 1: best[name] = max(self.kind[values], key=lambda o: tried(**best | {name: o}))
         return best
 
-    def tuned(self, data, seed): return self.work/"tuned"/f"{data}-{seed}"
+    def weights(self, data, seed): return self.work/"tuned"/f"{data}-{seed}"
 
-    def negatives(self, data, seed, arms=("none",)):
+    def tune(self, data, arm, seed):
+        "Train with an arm; keep the weights of those that are mixed."
+        model = self.train(data, arm, seed=seed, **self.setting(data))
+        if arm == TUNED: model.save_pretrained(str(self.weights(data, seed)))
+        return model
+
+    def negatives(self, data, seed, arms=(TUNED,)):
         "Some arms with one seed."
-        setting = self.setting(data)
         for arm in arms:
-            def make():
-                model = self.train(data, arm, seed=seed, **setting)
-                if arm == "none": model.save_pretrained(str(self.tuned(data, seed)))
-                return self.sets[data].measure(model, "test")
-            self.book.run(dict(model=self.name, stage="negatives", data=data, arm=arm, **setting, seed=seed), make)
+            self.book.run(dict(model=self.name, stage="negatives", data=data, arm=arm, **self.setting(data), seed=seed), lambda: self.sets[data].measure(self.tune(data, arm, seed), "test"))
 
     def share(self, data, seed):
         "The share of the tuned model that is best on dev and lets no probe fall below the floor there."
@@ -192,19 +194,21 @@ class Bench:
         def make():
             pair = lambda problem: (problem.parts["dev"], problem.documents["dev"])
             probes = {o: pair(problem) for o, problem in self.sets.items() if o != data}
-            sweep = nt.merge_sweep(self.base, str(self.tuned(data, seed)), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
+            sweep = nt.merge_sweep(self.base, str(self.weights(data, seed)), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
             return {"share": sweep.best, "rows": [{k: round(v, 5) for k, v in row.items()} for row in sweep.rows]}
         return self.book.run(dict(model=self.name, stage="share", data=data, seed=seed), make)["share"]
 
     def merging(self, data, seed, first):
         "The tuned model on the probes, the mix on all."
         import nixietune as nt
-        self.negatives(data, seed) # where it was not done
+        for o in {first, seed}:
+            self.negatives(data, o) # where it was not done
+            if not self.weights(data, o).exists(): self.tune(data, TUNED, o) # it was, elsewhere
         share = self.share(data, first)
         for part, what in ((1.0, "tuned"), (share, "merged")):
-            model = functools.cache(lambda: nt.mix_models([self.base, str(self.tuned(data, seed))], [1 - part, part]))
+            model = functools.cache(lambda: nt.mix_models([self.base, str(self.weights(data, seed))], [1 - part, part]))
             for on, problem in self.sets.items():
-                if on == data and part == 1.0: continue # measured in the first stage
+                if on == data and part == 1.0: continue # measured already
                 self.book.run(dict(model=self.name, stage="merging", data=data, what=what, share=part, on=on, seed=seed), lambda: problem.measure(model(), "test"))
 
 
@@ -244,7 +248,7 @@ def rows_of(book, model, stage):
             for on in dict.fromkeys([data, *(o["config"]["on"] for o in runs(stage="base"))]):
                 for what in ("base", "tuned", "merged"):
                     base = runs(stage="base", on=on)
-                    some = base if what == "base" else none if what == "tuned" and on == data else runs(stage="merging", data=data, on=on, what=what)
+                    some = base if what == "base" else runs(stage="negatives", data=data, arm=TUNED) if what == "tuned" and on == data else runs(stage="merging", data=data, on=on, what=what)
                     if some: yield dict(model=model, tuned=data, on=on, what=what, share=some[0]["config"].get("share"), **row(some, base))
 
 
