@@ -1,9 +1,9 @@
 """Does fine-tuning make search better, do hard negatives help, what is forgotten, and what brings merging? `python benchmarks/quality.py --help`
 
-Three stages. `negatives` trains with no, random, raw hard and filtered hard negatives: the same model, groups, steps, rate and temperature,
+Four stages. `negatives` trains with no, random, raw hard and filtered hard negatives: the same model, groups, steps, rate and temperature,
 several seeds. `numbers` does so with more filtered ones, and with those that answer another query. `merging` takes the models that were
 trained with filtered ones, mixes them with the base, and measures all three on the test queries of their own set and of the other sets
-(probes). Rate, temperature and the share of the mix are chosen on dev. Every run is written at once, and what is in the file is not run again.
+(probes). `whole` measures some of them among all documents, where the others had a fixed pool. Rate, temperature and the share of the mix are chosen on dev. Every run is written at once, and what is in the file is not run again.
 """
 import argparse
 import functools
@@ -27,7 +27,7 @@ KINDS = { # model -> how it is trained and measured; the first of each list is w
     "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
     "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
-TUNED = "filtered" # the arm whose models are mixed
+TUNED, KEPT = "filtered", ("none", "filtered") # the arm whose models are mixed; those whose weights are kept
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
 
 
@@ -92,10 +92,10 @@ class Problem:
             rows.add(row)
         return self.corpus.select(sorted(rows))
 
-    def measure(self, model, part):
-        "nDCG@10 of a part, and that of each query in thousandths."
+    def measure(self, model, part, whole=False):
+        "nDCG@10 of a part, and that of each query in thousandths; `whole`: among all documents, whatever the pool."
         import nixietune as nt
-        found = nt.evaluate(model, self.parts[part], self.documents[part], k=10, metrics=(NDCG,), progress=False)
+        found = nt.evaluate(model, self.parts[part], self.corpus if whole else self.documents[part], k=10, metrics=(NDCG,), progress=False)
         values = {part: round(found.metrics[NDCG], 5)}
         return values | {"each": " ".join(str(round(1000*o)) for o in found.per_query[NDCG])} if part == "test" else values
 
@@ -175,13 +175,25 @@ class Bench:
             if len(self.kind[values]) > 1: best[name] = max(self.kind[values], key=lambda o: tried(**best | {name: o}))
         return best
 
-    def weights(self, data, seed): return self.work/"tuned"/f"{data}-{seed}"
+    def weights(self, data, arm, seed): return self.work/"tuned"/f"{data}-{arm}-{seed}"
 
     def tune(self, data, arm, seed):
-        "Train with an arm; keep the weights of those that are mixed."
+        "Train with an arm; some weights are kept."
         model = self.train(data, arm, seed=seed, **self.setting(data))
-        if arm == TUNED: model.save_pretrained(str(self.weights(data, seed)))
+        if arm in KEPT: model.save_pretrained(str(self.weights(data, arm, seed)))
         return model
+
+    def tuned(self, data, arm, seed):
+        "Where the weights are, trained again where they are not."
+        if not self.weights(data, arm, seed).exists(): self.tune(data, arm, seed)
+        return str(self.weights(data, arm, seed))
+
+    def whole(self, data, seed):
+        "The base, and two arms with one seed, among all documents: is a fixed pool fair to them?"
+        import nixietune as nt
+        def one(arm, model): self.book.run(dict(model=self.name, stage="whole", data=data, arm=arm, seed=seed), lambda: self.sets[data].measure(model(), "test", whole=True))
+        one("base", lambda: self.embed)
+        for arm in KEPT: one(arm, lambda: nt.mix_models([self.base, self.tuned(data, arm, seed)], [0, 1]))
 
     def negatives(self, data, seed, arms=(TUNED,)):
         "Some arms with one seed."
@@ -194,19 +206,17 @@ class Bench:
         def make():
             pair = lambda problem: (problem.parts["dev"], problem.documents["dev"])
             probes = {o: pair(problem) for o, problem in self.sets.items() if o != data}
-            sweep = nt.merge_sweep(self.base, str(self.weights(data, seed)), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
+            sweep = nt.merge_sweep(self.base, self.tuned(data, TUNED, seed), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
             return {"share": sweep.best, "rows": [{k: round(v, 5) for k, v in row.items()} for row in sweep.rows]}
         return self.book.run(dict(model=self.name, stage="share", data=data, seed=seed), make)["share"]
 
     def merging(self, data, seed, first):
         "The tuned model on the probes, the mix on all."
         import nixietune as nt
-        for o in {first, seed}:
-            self.negatives(data, o) # where it was not done
-            if not self.weights(data, o).exists(): self.tune(data, TUNED, o) # it was, elsewhere
+        self.negatives(data, seed) # where it was not done
         share = self.share(data, first)
         for part, what in ((1.0, "tuned"), (share, "merged")):
-            model = functools.cache(lambda: nt.mix_models([self.base, str(self.weights(data, seed))], [1 - part, part]))
+            model = functools.cache(lambda: nt.mix_models([self.base, self.tuned(data, TUNED, seed)], [1 - part, part]))
             for on, problem in self.sets.items():
                 if on == data and part == 1.0: continue # measured already
                 self.book.run(dict(model=self.name, stage="merging", data=data, what=what, share=part, on=on, seed=seed), lambda: problem.measure(model(), "test"))
@@ -241,7 +251,10 @@ def rows_of(book, model, stage):
     def row(some, beside): return dict(zip(("difference", "low", "high"), pooled(some, beside)), **{"nDCG@10": sum(each(o).mean() for o in some)/len(some), "seeds": len(some), "queries": len(each(some[0]))})
     for data in dict.fromkeys(o["config"]["data"] for o in runs(stage="negatives")):
         none = runs(stage="negatives", data=data, arm="none")
-        if stage != "merging":
+        if stage == "whole":
+            for arm in ("base", *KEPT):
+                if (some := runs(stage="whole", data=data, arm=arm)): yield dict(model=model, set=data, negatives=arm, **row(some, runs(stage="whole", data=data, arm="base")))
+        elif stage != "merging":
             for arm in ARMS if stage == "negatives" else ["none", *MORE]:
                 if (some := runs(stage="negatives", data=data, arm=arm)): yield dict(model=model, set=data, negatives=arm, **row(some, [o for o in none if o["config"]["seed"] in [s["config"]["seed"] for s in some]]))
         else:
@@ -263,18 +276,21 @@ def main(o):
     book.content["facts"].setdefault("kinds", {})[name] = KINDS[name] | dict(shares=SHARES, floor=FLOOR, top=POOL_TOP)
     bench, seeds = Bench(name, sets, book, o.work), [*range(1, o.seeds + 1)]
     bench.baseline()
+    run = {"negatives": lambda data, seed: bench.negatives(data, seed, o.arms), "numbers": lambda data, seed: bench.negatives(data, seed, ["none", *MORE]),
+           "merging": lambda data, seed: bench.merging(data, seed, seeds[0]), "whole": lambda data, seed: bench.whole(data, seed) if seed == seeds[0] else None}
     for seed in seeds:
         for stage in o.stages:
-            for data in sets: bench.merging(data, seed, seeds[0]) if stage == "merging" else bench.negatives(data, seed, o.arms if stage == "negatives" else ["none", *MORE])
+            for data in o.on or sets: run[stage](data, seed)
     for stage in o.stages: print(Table([*rows_of(book, name, stage)], stage, formats={"nDCG@10": ".1f", "difference": "+.1f", "low": "+.1f", "high": "+.1f"}))
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stages", nargs="*", default=["negatives", "merging"], metavar="stage", help="negatives, merging (these two), numbers")
+    p.add_argument("stages", nargs="*", default=["negatives", "merging"], metavar="stage", help="negatives, merging (these two), numbers, whole")
     p.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="of the first stage (all)")
     p.add_argument("--model", choices=[o for o in KINDS if o != "tiny"], default="wordllama", help="what is trained (%(default)s)")
     p.add_argument("--data", action="append", default=[], metavar="DIR", help="a further set: a folder in BEIR's layout with train, dev and test; several times for several")
+    p.add_argument("--on", nargs="+", help="sets to train on: lay and the names of the folders (all); the others are probes still")
     p.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
     p.add_argument("--json", default="runs/quality/quality.json", help="where results are, and go on from (%(default)s)")
     p.add_argument("--work", type=Path, default=Path("runs/quality"), help="where vectors, negatives and tuned models are kept (%(default)s)")
