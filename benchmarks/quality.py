@@ -24,9 +24,9 @@ MORE = { # further arms of the stage `numbers`; "answers": the documents that an
     "filtered, 2": dict(number=2), "filtered, 7": dict(number=7), "filtered, 7 of answers": dict(number=7, corpus="answers")}
 KINDS = { # model -> how it is trained and measured; the first of each list is where choosing begins
     "wordllama": dict(length=None, batch=128, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), dev=None, test=None, pool=None),
-    "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=400),
+    "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=500),
     "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
-POOL_TOP = 2 # of a fixed pool: the base's best documents for each query
+POOL_TOP = 2 # of a fixed pool: BM25's best documents for each query
 TUNED, KEPT = "filtered", ("none", "filtered") # the arm whose models are mixed; those whose weights are kept
 SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
 
@@ -75,18 +75,16 @@ class Problem:
 
     @functools.cached_property
     def documents(self):
-        "part -> what is searched: all, or the positives, the base's best for every query, and others by chance."
+        "part -> what is searched: all, or the positives, BM25's best for every query (no model that is compared had a say in it), and others by chance."
         return {part: self.pool(groups) for part, groups in self.parts.items()}
 
     def pool(self, groups):
         import numpy as np
-        import nixietune as nt
-        from nixietune.evaluation import relevance
+        from nixietune.mining import bm25_miner, pool_of
         if self.kind["pool"] is None: return self.corpus
-        problem = relevance(groups, self.corpus)
-        place = {o: i for i, o in enumerate(self.corpus["doc_id"][:])}
-        best = nt.search(self.embed(problem.queries, "query"), self.embed(problem.texts, "document"), POOL_TOP)[1]
-        rows = {place[problem.doc_ids[d]] for d in {*best.ravel().tolist(), *(d for o in problem.grades for d in o)}}
+        pool, place = pool_of(groups, self.corpus, near=None), {o: i for i, o in enumerate(self.corpus["doc_id"][:])}
+        best = bm25_miner("bm25", pool).rank(np.arange(len(pool.queries)), POOL_TOP)
+        rows = {place[pool.ids[o]] for o in best.ravel() if o >= 0} | {place[o["doc_id"]] for pos in groups["pos"][:] for o in pos}
         for row in np.random.default_rng(0).permutation(len(self.corpus)).tolist():
             if len(rows) >= self.kind["pool"]: break
             rows.add(row)
@@ -175,30 +173,28 @@ class Bench:
             if len(self.kind[values]) > 1: best[name] = max(self.kind[values], key=lambda o: tried(**best | {name: o}))
         return best
 
-    def weights(self, data, arm, seed): return self.work/"tuned"/f"{data}-{arm}-{seed}"
+    def weights(self, data, arm, seed):
+        "Where the weights of a trained model are, when it was trained."
+        path = self.work/"tuned"/f"{data}-{arm}-{seed}"
+        if not path.exists(): self.train(data, arm, seed=seed, **self.setting(data)).save_pretrained(str(path))
+        return str(path)
 
-    def tune(self, data, arm, seed):
-        "Train with an arm; some weights are kept."
-        model = self.train(data, arm, seed=seed, **self.setting(data))
-        if arm in KEPT: model.save_pretrained(str(self.weights(data, arm, seed)))
-        return model
-
-    def tuned(self, data, arm, seed):
-        "Where the weights are, trained again where they are not."
-        if not self.weights(data, arm, seed).exists(): self.tune(data, arm, seed)
-        return str(self.weights(data, arm, seed))
-
-    def whole(self, data, seed):
-        "The base, and two arms with one seed, among all documents: is a fixed pool fair to them?"
+    def mixed(self, data, arm, seed, share=1.0):
         import nixietune as nt
-        def one(arm, model): self.book.run(dict(model=self.name, stage="whole", data=data, arm=arm, seed=seed), lambda: self.sets[data].measure(model(), "test", whole=True))
-        one("base", lambda: self.embed)
-        for arm in KEPT: one(arm, lambda: nt.mix_models([self.base, self.tuned(data, arm, seed)], [0, 1]))
+        return nt.mix_models([self.base, self.weights(data, arm, seed)], [1 - share, share])
 
     def negatives(self, data, seed, arms=(TUNED,)):
         "Some arms with one seed."
+        problem, setting = self.sets[data], self.setting(data)
         for arm in arms:
-            self.book.run(dict(model=self.name, stage="negatives", data=data, arm=arm, **self.setting(data), seed=seed), lambda: self.sets[data].measure(self.tune(data, arm, seed), "test"))
+            make = lambda: problem.measure(self.mixed(data, arm, seed) if arm in KEPT else self.train(data, arm, seed=seed, **setting), "test")
+            self.book.run(dict(model=self.name, stage="negatives", data=data, arm=arm, **setting, seed=seed), make)
+
+    def whole(self, data, seed):
+        "The base, and two arms with one seed, among all documents: is a fixed pool fair to them?"
+        for arm in ("base", *KEPT):
+            make = lambda: self.sets[data].measure(self.embed if arm == "base" else self.mixed(data, arm, seed), "test", whole=True)
+            self.book.run(dict(model=self.name, stage="whole", data=data, arm=arm, seed=seed), make)
 
     def share(self, data, seed):
         "The share of the tuned model that is best on dev and lets no probe fall below the floor there."
@@ -206,17 +202,16 @@ class Bench:
         def make():
             pair = lambda problem: (problem.parts["dev"], problem.documents["dev"])
             probes = {o: pair(problem) for o, problem in self.sets.items() if o != data}
-            sweep = nt.merge_sweep(self.base, self.tuned(data, TUNED, seed), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
+            sweep = nt.merge_sweep(self.base, self.weights(data, TUNED, seed), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
             return {"share": sweep.best, "rows": [{k: round(v, 5) for k, v in row.items()} for row in sweep.rows]}
         return self.book.run(dict(model=self.name, stage="share", data=data, seed=seed), make)["share"]
 
     def merging(self, data, seed, first):
         "The tuned model on the probes, the mix on all."
-        import nixietune as nt
         self.negatives(data, seed) # where it was not done
         share = self.share(data, first)
         for part, what in ((1.0, "tuned"), (share, "merged")):
-            model = functools.cache(lambda: nt.mix_models([self.base, self.tuned(data, TUNED, seed)], [1 - part, part]))
+            model = functools.cache(lambda: self.mixed(data, TUNED, seed, part))
             for on, problem in self.sets.items():
                 if on == data and part == 1.0: continue # measured already
                 self.book.run(dict(model=self.name, stage="merging", data=data, what=what, share=part, on=on, seed=seed), lambda: problem.measure(model(), "test"))
