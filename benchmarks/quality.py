@@ -84,7 +84,7 @@ class Problem:
         if self.kind["pool"] is None: return self.corpus
         pool, place = pool_of(groups, self.corpus, near=None), {o: i for i, o in enumerate(self.corpus["doc_id"][:])}
         best = bm25_miner("bm25", pool).rank(np.arange(len(pool.queries)), POOL_TOP)
-        rows = {place[pool.ids[o]] for o in best.ravel() if o >= 0} | {place[o["doc_id"]] for pos in groups["pos"][:] for o in pos}
+        rows = {place[pool.ids[o]] for o in (*best.ravel(), *pool.known[1]) if o >= 0} | {place[o["doc_id"]] for pos in groups["pos"][:] for o in pos if o["doc_id"] in place}
         for row in np.random.default_rng(0).permutation(len(self.corpus)).tolist():
             if len(rows) >= self.kind["pool"]: break
             rows.add(row)
