@@ -23,12 +23,12 @@ ARMS = { # what `mine_negatives` is asked for; None: nothing is mined
 MORE = { # further arms of the stage `numbers`; "answers": the documents that answer some training query are searched, not the whole corpus
     "filtered, 2": dict(number=2), "filtered, 7": dict(number=7), "filtered, 7 of answers": dict(number=7, corpus="answers")}
 KINDS = { # model -> how it is trained and measured; the first of each list is where choosing begins
-    "wordllama": dict(length=None, batch=128, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), dev=None, test=None, pool=None),
-    "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), dev=100, test=600, pool=500),
-    "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), dev=None, test=None, pool=30)}
+    "wordllama": dict(length=None, batch=128, rates=(0.03, 0.003, 0.01, 0.1), temperatures=(0.1, 0.05, 0.2), steps=(100,), shares=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7), dev=None, test=None, pool=None),
+    "minilm": dict(length=64, batch=32, rates=(1e-4, 3e-4), temperatures=(0.05,), steps=(16,), shares=(0.3, 0.5, 0.7), dev=100, test=600, pool=500),
+    "tiny": dict(length=None, batch=16, rates=(1e-3,), temperatures=(0.05,), steps=(2,), shares=(0.5,), dev=None, test=None, pool=30)}
 POOL_TOP = 2 # of a fixed pool: BM25's best documents for each query
 TUNED, KEPT = "filtered", ("none", "filtered") # the arm whose models are mixed; those whose weights are kept
-SHARES, FLOOR = (0.3, 0.5, 0.7), 0.005 # of the tuned model in the mix; how far a probe may fall on dev
+FLOOR = 0.01 # how far a probe may fall on dev: what `merge_sweep` takes by default
 
 
 class Results(Book):
@@ -202,7 +202,7 @@ class Bench:
         def make():
             pair = lambda problem: (problem.parts["dev"], problem.documents["dev"])
             probes = {o: pair(problem) for o, problem in self.sets.items() if o != data}
-            sweep = nt.merge_sweep(self.base, self.weights(data, TUNED, seed), SHARES, pair(self.sets[data]), probes, floor=FLOOR)
+            sweep = nt.merge_sweep(self.base, self.weights(data, TUNED, seed), self.kind["shares"], pair(self.sets[data]), probes, floor=FLOOR)
             return {"share": sweep.best, "rows": [{k: round(v, 5) for k, v in row.items()} for row in sweep.rows]}
         return self.book.run(dict(model=self.name, stage="share", data=data, seed=seed), make)["share"]
 
@@ -268,7 +268,7 @@ def main(o):
     book, name = Results(o.json), "tiny" if o.tiny else o.model
     sets = toys() if o.tiny else {"lay": read_set(), **{Path(folder).name: read_set(folder) for folder in o.data}}
     book.content["facts"] |= dict(machine=runtime().name, threads=1, versions=versions())
-    book.content["facts"].setdefault("kinds", {})[name] = KINDS[name] | dict(shares=SHARES, floor=FLOOR, top=POOL_TOP)
+    book.content["facts"].setdefault("kinds", {})[name] = KINDS[name] | dict(floor=FLOOR, top=POOL_TOP)
     bench, seeds = Bench(name, sets, book, o.work), [*range(1, o.seeds + 1)]
     bench.baseline()
     run = {"negatives": lambda data, seed: bench.negatives(data, seed, o.arms), "numbers": lambda data, seed: bench.negatives(data, seed, ["none", *MORE]),
