@@ -28,7 +28,7 @@ MINE = [
     *_IN, Option("output", str, "the file to write, .jsonl, .jsonl.gz or .jsonl.zst"), *_OUT,
     Option("corpus", str, "documents to search; those of the groups without it"),
     Option("model", str, "what to search with: encoders by name or folder, or bm25; several make one ranking", many=True),
-    Option("number", int, "negatives for each query", 7, least=1),
+    Option("number", int, "negatives for each query", 1, least=1),
     Option("ranks", str, "places of the ranking to take them from; 2-200 leaves out the first two", "0-100"),
     Option("sampling", str, "which of them: 'top', 'random' or 'softmax'", "top"),
     Option("relative", float, "refuse what scores above this share of the positive's score; 0 refuses nothing for that", 0.95, least=0),

@@ -478,7 +478,7 @@ def mine_negatives(
     groups:"datasets.Dataset", # groups; those without a positive get nothing
     encoder=None, # a SentenceTransformer, a function of (texts, role), "bm25", a list of these, or a dict name -> one of these
     corpus=None, # what is searched: a Dataset with doc_id and text; all documents of the groups without it
-    number:int=7, # negatives for each query
+    number:int=1, # negatives for each query
     ranks="0-100", # places of the ranking that negatives are taken from; "2-200" leaves out the first two
     sampling:str="top", # "top", "random" or "softmax"; "random" without an encoder draws from the whole corpus
     relative:float=0.95, # refuse what scores above this share of the positive's score; None: do not
@@ -551,7 +551,8 @@ def remarks(
     n, short, none, filled = found.facts["queries"], int((found.counts < number).sum()), int((found.counts == 0).sum()), found.facts["filled"]
     yield f"{counted(len(found.negatives), 'negative')} for {n - none:,} of {n:,} queries, by {' and '.join(names)} from {counted(found.facts['documents'], 'document')}"
     if filled: yield f"{filled:,} of them are random: nothing harder was left for their queries"
-    if short: yield f"fewer than {number} for {short:,} queries, none for {none:,}: too little was left, and nothing else is put in"
+    few = f"fewer than {number} for {short:,} queries, none for {none:,}" if number > 1 else f"none for {none:,} queries"
+    if short: yield f"{few}: too little was left, and nothing else is put in"
     if found.facts["bare"]: yield f"nothing is mined for {found.facts['bare']:,} queries without a positive"
 
 # %% ../nbs/40_mining.ipynb #ed2b8dbf

@@ -34,7 +34,17 @@ def test_losses(tmp_path): assert len(run(tmp_path, "losses")[1]["rows"]) == 2
 def test_data(tmp_path): assert [row["rows"] for row in run(tmp_path, "data")[1]["rows"]] == [500] * 4
 
 
-def test_quality(tmp_path): assert {o["way"] for o in run(tmp_path, "quality", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
+def test_shortcuts(tmp_path): assert {o["way"] for o in run(tmp_path, "shortcuts", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
+
+
+def test_quality(tmp_path):
+    "What was run is not run again; every query of every reported run is in the file."
+    options = ("--seeds", "1", "--work", str(tmp_path / "work"))
+    found = run(tmp_path, "quality", "negatives", "--arms", "none", "filtered", *options)[1]["runs"]
+    assert [o["config"].get("arm") for o in found] == [None, None, "none", "filtered", "none", "filtered"]
+    said, whole = run(tmp_path, "quality", "merging", *options)
+    assert whole["runs"][:len(found)] == found and {o["config"].get("what") for o in whole["runs"]} == {None, "tuned", "merged"}
+    assert all(len(o["each"].split()) == 40 for o in whole["runs"] if "test" in o) and said.count("merged") >= 4
 
 
 def test_choosing(tmp_path):

@@ -181,7 +181,7 @@ def test_cross_encoder_reads_every_candidate_that_is_left():
 
 
 def test_scores_stay_out_of_the_groups():
-    out = mined(make([("a", ["p"])]), hashed, corpus_of(["p", "x", "y"]), relative=None)
+    out = mined(make([("a", ["p"])]), hashed, corpus_of(["p", "x", "y"]), number=2, relative=None)
     assert [(o["score"], o["teacher"], o["miner"]) for o in out[0]["neg"]] == [(None, None, "hashed")]*2
 
 
