@@ -27,7 +27,7 @@ from .recipes import recipe
 from .tokens import bag, length_limit, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
 
 # %% ../nbs/21_encoder.ipynb #1b2a135b
-PACKABLE = {"bert": 0, "distilbert": 0, "electra": 0, "modernbert": 0, "qwen2": 0, "qwen3": 0,
+PACKABLE = {"bert": 0, "distilbert": 0, "electra": 0, "modernbert": 0, "qwen2": 0, "qwen3": 0, "llama": 0, "mistral": 0, "gemma2": 0,
             "roberta": "after padding", "xlm-roberta": "after padding", "camembert": "after padding"}
 _UNPACKABLE = {"mpnet": "adds its own position bias inside attention, so texts in a pack would see each other",
                "deberta-v2": "computes attention from relative positions itself, so texts in a pack would see each other"}
