@@ -153,6 +153,7 @@ def _inject(model, config):
     from peft.functional import cast_adapter_dtype
     model.add_adapter(config)
     cast_adapter_dtype(model[0].auto_model, "default")
+    if config.trainable_token_indices: model[0].auto_model.peft_config["default"].base_model_name_or_path = None  # or each checkpoint gets the whole table: peft compares its rows with the base's
 
 # %% ../nbs/22_adapters.ipynb #0332738a
 def add_lora(

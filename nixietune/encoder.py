@@ -528,6 +528,7 @@ def _pooling_of(model, path, pooling, causal, eos, kwargs):
         if eos: add_eos(tokenizer)
         return pooling
     if causal is not None: set_causal(network, causal)
+    if pooling == "cls" and looks_back(network): raise InputError("pooling='cls'", network.config.model_type, "'lasttoken': the first token sees nothing of a text where attention looks back only")
     if tokenizer.pad_token is None: say(f"gaps are filled with {add_pad(tokenizer)}: the tokenizer has no padding token")
     bare = _is_bare(path, kwargs)
     if bare and pooling is None:

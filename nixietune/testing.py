@@ -107,7 +107,7 @@ def tiny_model(
         pad_id = 1 if kind in ("roberta", "camembert", "xlm-roberta", "mpnet") else 0
         decoder = "num_key_value_heads" in settings
         tokenizer = _tokenizer(pad_id, length, decoder)
-        config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer), "pad_token_id": pad_id, **settings, **config})
+        config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer), "pad_token_id": pad_id, **({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id} if decoder else {}), **settings, **config})
         with tempfile.TemporaryDirectory() as folder, hushed():
             getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
