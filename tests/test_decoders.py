@@ -11,14 +11,19 @@ from sentence_transformers import SentenceTransformer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
+from make_decoder_fixture import ALPHA, fill, FIXTURE, FORMATS, INSTRUCTION, PASSAGES, QUERIES, RANK, TARGETS, TEACHER, TOKENS as ORACLE_TOKENS, write_folder
 from nixietune.adapters import adapter_tokens, add_lora, add_tokens, load_adapter, merge_adapter, save_adapter, save_merged
 from nixietune.arguments import TrainingArguments
 from nixietune.checkpoints import last_checkpoint
 from nixietune.core import InputError
 from nixietune.decoders import add_eos, ends_in
-from nixietune.encoder import check_layout, encode, layout_of, load_encoder, prepare
+from nixietune.encoder import check_layout, encode, layout_of, load_encoder, prepare, query_prompts
+from nixietune.groups import make_groups
 from nixietune.losses import InfoNCE
+from nixietune.migration import joined_format, translate
+from nixietune.settings import objective_of
 from nixietune.testing import tiny_model, toy_groups
+from nixietune.tokens import tokenize
 from nixietune.training import Trainer
 
 torch.set_num_threads(1)
@@ -205,7 +210,6 @@ def test_bad_adapters(tmp_path):
 
 
 def test_formats_without_placeholders(tmp_path):
-    from nixietune.migration import translate
     for given in ("Instruct: find", "Instruct: {instruction}", "{query} {instruction}"):
         with pytest.raises(InputError, match="{query} at the end"): load_encoder(bare(tmp_path / "bare"), prompts={"instruction_format": given})
     with pytest.raises(InputError, match="two {}"): translate("flagembedding", {"query_instruction_format": "<instruct>\n<query>"})
@@ -220,3 +224,50 @@ def test_half_precision_below_special_tokens(tmp_path, dtype):
     assert {str(o.dtype)[6:] for o in model.parameters() if not o.requires_grad} == {{"bf16": "bfloat16", "fp16": "float16"}[dtype]}
     expected = vectors(model)
     assert np.abs(vectors(merge_adapter(model)) - expected).max() < 3e-2*np.abs(expected).max()
+
+
+def theirs(kind): return json.loads(FIXTURE.read_text())[kind]
+
+
+def as_there(kind, folder, format):
+    "Our model with the weights and the format of the fixture."
+    model = load_encoder(write_folder(kind, folder), normalize=True, prompts={"instruction_format": joined_format(format.replace("\n", "\\n"), "format")})
+    if "<query>" in format: add_tokens(model, ORACLE_TOKENS)
+    fill(model[0].auto_model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma2"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_flagembedding_computes(tmp_path, kind, format):
+    "Tokens, vectors of queries and passages, and the losses of one step, each by the numbers of FlagEmbedding 1.4.2."
+    model, expected = as_there(kind, tmp_path / "model", format), theirs(kind)[format]
+    prompts = query_prompts(model, [(None, INSTRUCTION)]*len(QUERIES))
+    store = tokenize(model, QUERIES, "query", prompts, keep=False)
+    assert [o.tolist() for o in store] == expected["ids"] and all(o[-1] == model.tokenizer.eos_token_id for o in expected["ids"])
+    for forward in ("packed", "bucketed"):
+        prepare(model, forward)
+        assert np.abs(encode(model, QUERIES, "query", prompts=prompts, progress=False) - expected["queries"]).max() < 1e-5
+        assert np.abs(vectors(model, sum(PASSAGES, [])) - expected["passages"]).max() < 1e-5
+    model.prompts["query"] = prompts[0]
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert np.abs(SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode_query(QUERIES) - expected["queries"]).max() < 1e-5
+    entropy = torch.distributions.Categorical(logits=torch.tensor(TEACHER)).entropy().mean().item()
+    rows = [{"query": q, "prompt": INSTRUCTION, "pos": p[:1], "neg": p[1:], "pos_scores": t[:1], "neg_scores": t[1:]} for q, p, t in zip(QUERIES, PASSAGES, TEACHER)]
+    for name, given in {"kl_div": {"knowledge_distillation": "True"}, "m3_kd_loss": {"knowledge_distillation": "True", "kd_loss_type": "m3_kd_loss"}, "none": {}}.items():
+        trainer = Trainer(as_there(kind, tmp_path / f"{name}-model", format), TrainingArguments(str(tmp_path / name), precision="fp32", per_device_train_batch_size=3, max_steps=1, logging_steps=1),
+            make_groups(rows, "bge", source="fixture"), loss=objective_of(translate("flagembedding", given)))
+        trainer.train()
+        constant = entropy if name == "kl_div" else 0  # FlagEmbedding's is a cross-entropy: more than the divergence by what no weight changes
+        assert dict(trainer.history.column("loss"))[1] + constant == pytest.approx(expected["losses"][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma2"])
+def test_what_flagembedding_merges(tmp_path, kind):
+    "Vectors with an adapter and with a merged one are those of its merged model."
+    model, expected = as_there(kind, tmp_path / "model", FORMATS[1]), theirs(kind)["merged"]
+    prompts = query_prompts(model, [(None, INSTRUCTION)]*len(QUERIES))
+    fill(add_lora(model, rank=RANK, alpha=ALPHA, targets=TARGETS)[0].auto_model)
+    for one in (model, load_encoder(str(save_merged(model, tmp_path / "merged")))):
+        assert np.abs(encode(one, QUERIES, "query", prompts=prompts, progress=False) - expected).max() < 1e-5
+    assert np.abs(np.array(expected) - theirs(kind)[FORMATS[1]]["queries"]).max() > 0.01
