@@ -53,7 +53,7 @@ def trainer_for(model, folder, groups=None, callbacks=(), loss=None, **more):
     return Trainer(model, TrainingArguments(str(folder), **{**options, **more}), groups, loss=loss or InfoNCE(0.05), callbacks=list(callbacks), **dev)
 
 
-@pytest.mark.parametrize("kind, rate, epochs", [("bert", 1e-2, 20), ("qwen3", 5e-3, 10)])
+@pytest.mark.parametrize("kind, rate, epochs", [("bert", 1e-2, 20), ("qwen3", 5e-3, 10), ("gemma2", 5e-3, 12)])
 def test_learns(tmp_path, kind, rate, epochs):
     "From chance to above 0.9 on queries it has not seen; the base is as it was, and merged it is as good."
     groups = toy_groups(180, negatives=1)
@@ -71,7 +71,7 @@ def test_learns(tmp_path, kind, rate, epochs):
     assert measured(plain) > 0.9
 
 
-@pytest.mark.parametrize("kind", ["bert", "electra", "distilbert", "roberta", "mpnet", "deberta-v2", "modernbert", "qwen3", "qwen2"])
+@pytest.mark.parametrize("kind", ["bert", "electra", "distilbert", "roberta", "mpnet", "deberta-v2", "modernbert", "qwen3", "qwen2", "gemma2", "mistral", "llama"])
 def test_every_architecture(tmp_path, kind):
     "LoRA on all its layers: packed is padded, merged is unmerged, and back from disk it is the same."
     model = moved(add_lora(tiny_model(kind), rank=3))
