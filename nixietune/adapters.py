@@ -213,10 +213,10 @@ def _base_of(model):
     "The base of a model, with or without an adapter: name, precision, and the middle number of each weight."
     network = model[0].auto_model
     own = _own(network)
-    weights = {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name): o for name, o in network.named_parameters() if not any(part in name for part in own)}
+    weights = {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name): o for name, o in network.named_parameters() if o.is_floating_point() and not any(part in name for part in own)}
     numbers = torch.stack([o.detach().flatten()[o.numel()//2].float() for o in weights.values()]).tolist()
-    coarse = max((o.dtype for o in weights.values() if o.is_floating_point()), key=lambda o: torch.finfo(o).eps)
-    return {"name": network.name_or_path, "dtype": str(coarse)[6:], "weights": dict(zip(weights, numbers)), "tokens": _trained_tokens(model)}
+    coarse = max((o.dtype for o in weights.values()), key=lambda o: torch.finfo(o).eps)
+    return {"name": network.name_or_path, "dtype": str(coarse)[6:], "weights": dict(zip(weights, numbers)), "tokens": _trained_tokens(model), "quantized": bool(getattr(network, "is_quantized", False))}
 
 
 def _trained_tokens(model):
@@ -236,7 +236,8 @@ def write_base(
 def _other_base(here, there):
     "In what a base differs from the one that an adapter was made for; an empty text where in nothing."
     ours, theirs = here["weights"], there["weights"]
-    if odd := sorted(ours.keys() ^ theirs.keys()): return f"{odd[0]} is only in {'this one' if odd[0] in ours else 'the other'}"
+    if here.get("quantized") or there.get("quantized"): ours = {name: o for name, o in ours.items() if name in theirs}  # what has been rounded to 4 bits cannot be compared
+    elif odd := sorted(ours.keys() ^ theirs.keys()): return f"{odd[0]} is only in {'this one' if odd[0] in ours else 'the other'}"
     near = 2*max(torch.finfo(getattr(torch, o["dtype"])).eps for o in (here, there))
     far = [name for name, o in ours.items() if abs(o - theirs[name]) > near*max(abs(o), 1e-3)]
     return f"{len(far)} of {len(ours)} weights differ, {far[0]} the first" if far else ""
@@ -389,6 +390,7 @@ def merge_adapter(
 ): # the model, a plain SentenceTransformer all of whose weights can be trained
     "Add what an adapter has learned to the weights of its base, and remove it."
     network = _network(model, "merge_adapter", adapter=True)
+    if getattr(network, "is_quantized", False): raise InputError("the base is quantised, and would round what was learned", "merge_adapter", "save_adapter, and load_adapter onto load_encoder(base, dtype='bf16')")
     if half := {str(o.dtype)[6:] for o in network.parameters() if o.dtype in (torch.float16, torch.bfloat16)}:
         say(f"merged weights are rounded to {' and '.join(sorted(half))}: vectors may differ in their third digit; model.float() before merging keeps them")
     _strip(network, merge=True)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from .core import device_list, InputError, spread
-from .decoders import add_eos, add_pad, can_look_back, ends_in, looks_back, set_causal
+from .decoders import add_eos, add_pad, can_look_back, ends_in, looks_back, quantization, set_causal
 from .display import hushed, Progress, say
 from .recipes import recipe
 from .tokens import bag, length_limit, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
@@ -426,6 +426,7 @@ def load_encoder(
     causal=None, # of a decoder: may a token see only those before it? As the model has it without it
     eos=None, # shall every text end in the end-of-sequence token? Without it: where a decoder has no pooling of its own, and gets that of the last token
     dtype="fp32", # of the weights: "fp32", "fp16" or "bf16"; half is for a base that LoRA keeps as it is
+    quantize=None, # "4bit" or "8bit": a base that LoRA keeps as it is, with bitsandbytes on a GPU
     device=None, # where to put it; the best there is without it
     **kwargs, # what `SentenceTransformer` takes
 ) -> "SentenceTransformer":
@@ -434,7 +435,7 @@ def load_encoder(
     path = local_path(name)
     check_model_path(path)
     if dtype not in DTYPES: raise InputError(f"dtype={dtype!r}", "load_encoder", " or ".join(map(repr, DTYPES)))
-    kwargs["model_kwargs"] = {"dtype": DTYPES[dtype], **kwargs.get("model_kwargs", {})}
+    kwargs["model_kwargs"] = {"dtype": DTYPES[dtype], **({"quantization_config": quantization(quantize)} if quantize else {}), **kwargs.get("model_kwargs", {})}
     try:
         with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
     except OSError as error:

