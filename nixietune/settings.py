@@ -45,7 +45,7 @@ _MODEL = [
     Option("pooling", str, "'mean', 'cls' or 'lasttoken'; the model's own without it"),
     Option("causal", bool, "of a decoder: may a token see only those before it? (--no-causal: attention looks both ways)"),
     Option("eos", bool, "end every text in the end-of-sequence token; where a language model has no pooling of its own without it"),
-    Option("dtype", str, "of the weights: 'fp32', 'fp16' or 'bf16'; half is for a base that LoRA keeps as it is", "fp32"),
+    Option("weights_dtype", str, "of the weights: 'fp32', 'fp16' or 'bf16'; half is for a base that LoRA keeps as it is", "fp32"),
     Option("normalize", bool, "shall every vector have length 1? as the model has it without it"),
     Option("query_prompt", str, "what goes before every query; the model's own or its family's without it"),
     Option("document_prompt", str, "what goes before every document"),
@@ -302,7 +302,7 @@ def model_of(
     if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")
     hub = {ours: s[name] for ours, name in (("cache_folder", "cache_dir"), ("token", "token")) if s[name]} | ({"trust_remote_code": True} if s["trust_remote_code"] else {})
     given = dict(forward=s["forward"], prompts=prompts, max_length=None if missing else lengths, pooling=s["pooling"], normalize=s["normalize"], dropout=s["dropout"]) | hub
-    given |= {name: s[name] for name in ("causal", "eos", "dtype") if s[name] not in (None, "fp32")}
+    given |= {ours: s[name] for ours, name in (("causal", "causal"), ("eos", "eos"), ("dtype", "weights_dtype")) if s[name] not in (None, "fp32")}
     model = _with_its_heads(s, given) if s["heads"] else load_encoder(s["model"], **given)
     tokens = s["special_tokens"] or []
     for o in s["merge_adapters"] or []:

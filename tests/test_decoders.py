@@ -231,6 +231,8 @@ def test_tokens_and_adapters_in_settings(tmp_path):
     for more in ({"adapter": str(tmp_path / "adapter")}, {"merge_adapters": [str(tmp_path / "adapter")], "special_tokens": TOKENS}):
         assert np.abs(vectors(model_of(settings | more), ["<query>a red bird"]) - vectors(first, ["<query>a red bird"])).max() < 1e-5
     with pytest.raises(InputError, match="special token <new>"): model_of(settings | {"adapter": str(tmp_path / "adapter"), "special_tokens": ["<new>"]})
+    half = model_of(settings | {"lora": True, "weights_dtype": "bf16"})
+    assert {o.dtype for o in half.parameters() if not o.requires_grad} == {torch.bfloat16} and {o.dtype for o in half.parameters() if o.requires_grad} == {torch.float32}
     whole = model_of(settings | {"special_tokens": TOKENS})
     assert all(o.requires_grad for o in whole.parameters()) and len(whole[0].auto_model.get_input_embeddings().weight) == 128
 
