@@ -450,14 +450,14 @@ def seen_before(
 
 
 def drop_seen(
-    groups:"datasets.Dataset", # groups to train on
-    test:"datasets.Dataset", # groups to measure with, which stay as they are
+    groups:"datasets.Dataset", # groups, as those to train on
+    others:"datasets.Dataset", # groups that stay as they are, as a test set that was judged by hand
 ) -> "datasets.Dataset":
-    "Leave out the groups whose query or one of whose positives is in test, equal or nearly so."
+    "Leave out the groups whose query or one of whose positives is among the others, equal or nearly so."
     import numpy as np
-    found = {kind: {row for split, row, *_ in seen_before({"test": test, "train": groups}, kind) if split == "train"} for kind in ("queries", "positives")}
+    found = {kind: {row for split, row, *_ in seen_before({"others": others, "groups": groups}, kind) if split == "groups"} for kind in ("queries", "positives")}
     bad = set().union(*found.values())
-    say(f"{counted(len(bad), 'group')} left out: the query of {len(found['queries']):,} and a positive of {len(found['positives']):,} is in test")
+    say(f"{counted(len(bad), 'group')} left out: the query of {len(found['queries']):,} and a positive of {len(found['positives']):,} stands in the others")
     return groups.select(np.setdiff1d(np.arange(len(groups)), [*bad])) if bad else groups
 
 
