@@ -11,6 +11,7 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "nbs" / "tutorials").glob("*.ipy
 SMALL = {
     "01_quickstart": "epochs, batch_size, queries = 1, 16, 48",
     "02_your_own_data": "searches = 300",
+    "03_hard_negatives": "queries, number, steps, seeds = 150, 3, 3, 2",
 }
 
 
