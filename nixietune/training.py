@@ -26,7 +26,7 @@ from .adapters import check_trained, has_adapter, is_adapter, restore_adapter, w
 from .arguments import precision_in, RECIPE_NAMES, TrainingArguments
 from .batching import batch_labels, counts, index_groups, left_out, sampler_of, shortages, source_of
 from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint, put, seal, set_aside, Stopping, sweep, WRITING
-from .core import InputError, write_json
+from .core import fingerprint, InputError, write_json
 from .display import Progress, say, Table
 from .encoder import check_layout, DTYPES, layout_of, load_encoder, prepare, tokens_in
 from .evaluation import evaluate, note_choice
@@ -347,7 +347,7 @@ class _Keeping(_Logging):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapter(self.model): write_base(self.model, output_dir or self.args.output_dir)
-        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached})
+        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached, "data": self.data, "batch": _batch_of(self.args)})
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
 
@@ -378,11 +378,18 @@ class _Keeping(_Logging):
         keep_newest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 # %% ../nbs/62_training.ipynb #b91d427f
+def _batch_of(args):
+    "How many queries a step reads, in words."
+    return f"{args.train_batch_size} queries x {args.gradient_accumulation_steps} x {args.world_size} process{'es'*(args.world_size > 1)}"
+
+
 class _Restoring(_Keeping):
     "What is taken up again."
     def take_plan(self, checkpoint):
         "What was decided when a run began, where no argument says otherwise."
         a, there = self.args, json_or_nothing(Path(checkpoint)/PLAN)
+        if there.get("data", self.data) != self.data: raise InputError("a run on other training data", str(checkpoint), "the same groups in the same order; or train() without resume, or another output folder")
+        if there.get("batch", _batch_of(a)) != _batch_of(a): say(f"{Path(checkpoint).name} is of a run with {there['batch']}, this one has {_batch_of(a)}: it goes on from those weights, with other batches than it would have had")
         if a.forward == "auto" and there.get("forward", self.source.layout.name) != self.source.layout.name: self.source.layout = prepare(self.model, there["forward"])
         if a.tokens_per_forward is None: self.source.budget = there.get("tokens_per_forward", self.source.budget)
         if not a.cache_gradients: self.loss.cached = there.get("cache_gradients", self.loss.cached)
@@ -503,7 +510,7 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.source = source_of(model, index, args, vectors)
+        self.source, self.data = source_of(model, index, args, vectors), fingerprint(index.queries, index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         freeze_unused(model, self.source, args, reader_of(objective, model).read)
