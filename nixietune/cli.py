@@ -146,7 +146,7 @@ COMMANDS = {
     "train": Command("train", TRAIN, "fine-tune a model on your own groups, and see whether it got better", train, f"{_GROUPS} --model intfloat/e5-small-v2 --output runs/first --forgetting --merge"),
     "merge": Command("train", MERGE, "mix several models into one (LM-Cocktail), or an adapter into its base", lambda s, c: run_merge(s), "--model intfloat/e5-small-v2 runs/first/model --weights 0.3 0.7 --output mix"),
     "evaluate": Command("judge", EVALUATE, "measure a model on your own groups", evaluate, "--model runs/first/model --groups test.jsonl --corpus corpus.jsonl --output measured"),
-    "compare": Command("judge", COMPARE, "is it better than it was? runs, evaluations, rankings or models", lambda s, c: run_compare(s), "--before intfloat/e5-small-v2 --after runs/first/model --groups test.jsonl --corpus corpus.jsonl"),
+    "compare": Command("judge", COMPARE, "is it better than it was? (runs, evaluations, rankings, or models)", lambda s, c: run_compare(s), "--before intfloat/e5-small-v2 --after runs/first/model --groups test.jsonl --corpus corpus.jsonl"),
     "report": Command("judge", REPORT, "write a page from a run, or from two evaluations", run_report, "--run runs/first --output page.html"),
     "msmarco": Command("judge", MSMARCO, "measure on MS MARCO as FlagEmbedding's eval_msmarco does", msmarco, "--encoder BAAI/bge-base-en-v1.5 --output measured"),
     "config": Command("beside", CONFIG, "write a configuration for accelerate", config, "fsdp > fsdp.yaml"),
@@ -185,7 +185,7 @@ _KINDS = {str: "TEXT", int: "N", float: "X"}
 
 def _add_option(place, o):
     "One row of a table as argparse has it."
-    flag, text = "--" + o.name.replace("_", "-"), (o.help + (f" (default: {o.default})" if o.default not in (None, False, True) else "")).replace("%", "%%")
+    flag, text = "--" + o.name.replace("_", "-"), (o.help + ("" if o.default is None or o.kind is bool else f" (default: {o.default})")).replace("%", "%%")
     if o.name == "name": place.add_argument("name", nargs="?", help=text)
     elif o.kind is bool: place.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     else: place.add_argument(flag, nargs="+" if o.many else None, default=None, help=text, metavar=_KINDS[o.kind])

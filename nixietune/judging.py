@@ -35,7 +35,8 @@ MERGE = [
     Option("temperature", float, "of these shares; small: the best model takes all", 5.0, above=0),
     Option("batch_size", int, "queries whose documents are negatives of each other in that loss", 2, least=1), Option("neg_number", int, "own negatives a query in that loss", 7, least=1),
     Option("max_length", int, "tokens a text is cut at for that loss", least=3),
-    Option("dev", str, "groups: base and tuned model are mixed in every share, and the share that is best there is taken", many=True), *options_of(TRAIN, "corpus", "missing", "probes", "floor"),
+    Option("dev", str, "groups: base and tuned model are mixed in every share, and the share that is best there is taken", many=True), *options_of(TRAIN, "corpus", "missing"),
+    Option("probes", str, "with dev: groups of other kinds of data, each file or folder searched by itself; no share may lose more on them than floor", many=True), *options_of(TRAIN, "floor"),
     Option("method", str, "'linear', or 'slerp' for two models", "linear"), Option("kind", str, "'encoder', 'reranker' or 'decoder'", "encoder"),
     Option("adapter", str, "a folder with an adapter, for the one model that it belongs to"), Option("seed", int, "of the draw of negatives", 0, least=0), JSON]
 REPORT = [
@@ -117,6 +118,9 @@ def check_sources(
         if kind == "ranking" and not (s["groups"] or s["qrels"]): raise InputError("a ranking, and nothing to measure it on", name, "--groups or --qrels")
         if kind == "model" and not (s["groups"] or s["queries"] and s["qrels"] and s["corpus"]):
             raise InputError("no evaluation, no run and no file of a ranking is there, so it is a model, and there is nothing to measure it on", name, "--groups FILE")
+    kept = all(o in ("evaluation", "run") for o in kinds.values())
+    for name in ("groups", "qrels"):
+        if s[name] and kept and not s["clusters"]: raise InputError(f"{name} does nothing here", "settings", "a ranking or a model: what was kept is not measured again")
     if len(s["before"]) > 1 and not s["as_one"]: raise InputError(f"{len(s['before'])} names", "before", "one, or --as-one where they are training runs of one recipe")
     if s["clusters"] and not s["groups"]: raise InputError("clusters without groups", "settings", "--groups FILE: they say which queries share a positive")
 
@@ -262,7 +266,7 @@ def run_report(
     from nixietune.display import say
     from nixietune.groups import load_groups
     from nixietune.reporting import comparison_page, report_page
-    from nixietune.runs import read_result
+    from nixietune.runs import read_beside, read_result
     s = settings
     pair = bool(s["before"] or s["after"])
     if bool(s["run"]) == pair: raise InputError("a run beside evaluations" if pair else "no run", "report", "--run FOLDER, or --before and --after")
@@ -277,7 +281,7 @@ def run_report(
     else:
         result = read_result(s["run"])
         comparison = result.comparison
-        html = report_page(result, s["title"] or f"Fine-tuning: {Path(s['run']).resolve().name}", about, command_of(s["run"]), audit=audit(load_groups(s["audit"])) if s["audit"] else None)
+        html = report_page(result, s["title"] or f"Fine-tuning: {Path(s['run']).resolve().name}", about, command_of(s["run"]), audit=audit(load_groups(s["audit"])) if s["audit"] else None, **read_beside(s["run"]))
     write_text(path, html)
     say(f"{comparison.verdict}\nwritten to {path}: open it in a browser")
     return {"output": str(path), "verdict": comparison.verdict, "outcome": comparison.outcome}

@@ -17,7 +17,8 @@ from .settings import corpus_for, EVALUATE, groups_of, JSON, Option, TRAIN
 
 # %% ../nbs/88c_preparing.ipynb #a7529c44
 AUDIT = [
-    *READS, *options_of(TRAIN, "corpus", "dev", "test", "dev_split", "test_split"),
+    *READS, Option("corpus", str, "documents that are searched: is every positive among them?"),
+    Option("dev", str, "groups to choose on: what do they share with the others?", many=True), Option("test", str, "groups to judge on, likewise", many=True), *options_of(TRAIN, "dev_split", "test_split"),
     Option("model", str, "an encoder: lengths are counted in its tokens, and negatives that it finds better than the positive are listed"),
     Option("max_length", int, "what would be cut at so many tokens, or words where no model is given? the model's own length without it", least=1),
     Option("rows", int, "offending rows that are shown of each finding", 3, least=0),
