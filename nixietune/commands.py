@@ -76,13 +76,16 @@ EMBED = [
     *_HOW, *_HUB, JSON]
 
 # %% ../nbs/88b_commands.ipynb #1e940d6f
+_GIVEN = {"model": "a model's name or folder"} | dict.fromkeys(("before", "after"), "a run, an evaluation, a ranking or a model")
+
+
 def check_given(
     settings, # of a command
     *names, # options that must be given
 ):
     "An `InputError` for what is missing."
     for name in names:
-        if not settings[name]: raise InputError(f"no {name}", "settings", f"--{name} with a {'name or a folder' if name == 'model' else 'file'}")
+        if not settings[name]: raise InputError(f"no {name}", "settings", f"--{name} with {_GIVEN.get(name, 'the name of a file or a folder')}")
 
 
 def check_output(

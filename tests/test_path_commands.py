@@ -261,6 +261,7 @@ def test_report():
     ("compare --before kept0 --after nowhere", "nothing to measure it on"),
     ("compare --before kept0/run.trec --after kept1", "a ranking, and nothing to measure it on"),
     ("compare --before kept0 kept1 --after kept1", "--as-one"),
+    ("compare --before kept0 --after kept1 kept1", "kept1: stands there twice"),
     ("compare --before kept0 --after kept1 --groups test.jsonl", "groups does nothing here"),
     ("compare --before kept0 --after kept1 --metric ndcg@7", "'ndcg@7' is not in both"),
     ("compare --before kept0 --after run", "queries are only in"),
