@@ -121,6 +121,7 @@ def check_sources(
     kept = all(o in ("evaluation", "run") for o in kinds.values())
     for name in ("groups", "qrels"):
         if s[name] and kept and not s["clusters"]: raise InputError(f"{name} does nothing here", "settings", "a ranking or a model: what was kept is not measured again")
+    if twice := [o for o in s["after"] if s["after"].count(o) > 1]: raise InputError("stands there twice", twice[0], "each once after --after")
     if len(s["before"]) > 1 and not s["as_one"]: raise InputError(f"{len(s['before'])} names", "before", "one, or --as-one where they are training runs of one recipe")
     if s["clusters"] and not s["groups"]: raise InputError("clusters without groups", "settings", "--groups FILE: they say which queries share a positive")
 

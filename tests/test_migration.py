@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
 
+from nixietune.adapters import adapter_tokens, add_tokens, load_adapter
 from nixietune.cli import main
 from nixietune.configs import config_text
 from nixietune.core import InputError
+from nixietune.encoder import encode, load_encoder
 from nixietune.losses import InfoNCE, M3KD
 from nixietune.m3 import heads_of, load_m3
 from nixietune.migration import read_command, rules_of, SYSTEMS, translate
@@ -108,6 +111,31 @@ def test_the_command_of_bge_m3(folder, capsys):
     assert "the mix teaches each of them from step 2 on" in capsys.readouterr().out
     assert {*figures("m3_sd")["facts"]["heads"]} == {"dense", "lexical", "multi", "mix"}
     assert {*heads_of(load_m3("m3_sd/model"))} == {"lexical", "multi"} and torch.load("m3_sd/model/sparse_linear.pt", weights_only=True)["weight"].shape == (1, 32)
+
+
+def test_the_command_of_gemma(folder, capsys):
+    "bge-multilingual-gemma2's, as its manual prints it, but for fp16 and DeepSpeed, on a folder as it comes with a language model: one plain model at the end, which sentence-transformers alone reads."
+    bare = tiny_model("gemma2", max_position_embeddings=514, length=512)
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", "[CLS] $A $B", [("[CLS]", bare.tokenizer.bos_token_id)])
+    for o in (bare[0].auto_model, bare.tokenizer): o.save_pretrained("gemma")
+    said = """--model_name_or_path gemma --cache_dir ./cache/model --use_lora True --lora_rank 32 --lora_alpha 64 --target_modules q_proj k_proj v_proj o_proj gate_proj down_proj up_proj
+        --additional_special_tokens <instruct> <query> --save_merged_lora_model True --train_data ./example_data/retrieval ./example_data/sts/sts.jsonl ./example_data/classification-no_in_batch_neg
+        --cache_path ./cache/data --train_group_size 8 --query_max_len 512 --passage_max_len 512 --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0
+        --drop_threshold 0 --output_dir ./gemma_sd --overwrite_output_dir --learning_rate 1e-3 --num_train_epochs 1 --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1
+        --gradient_checkpointing --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02 --sentence_pooling_method last_token --normalize_embeddings True --kd_loss_type m3_kd_loss""".split()
+    asked = ["--query_instruction_for_retrieval", "Given a query, retrieve passages that are relevant to the query.", "--query_instruction_format", r"<instruct>{}\n<query>{}"]
+    assert main(["flagembedding", *said, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "texts end in [SEP]" in out and "2 new tokens" in out and "the rows of <instruct>, <query>" in out
+    plain, ours = SentenceTransformer("gemma_sd/model", device="cpu"), load_encoder("gemma_sd/model")
+    assert plain.prompts["query"] == "<instruct>Given a query, retrieve passages that are relevant to the query.\n<query>" and plain[1].pooling_mode == "lasttoken"
+    ids = plain.preprocess(["a red bird"], prompt=plain.prompts["query"])["input_ids"][0].tolist()
+    assert [ids[o] for o in (0, 1, -1)] == [plain.tokenizer.convert_tokens_to_ids(o) for o in ("[CLS]", "<instruct>", "[SEP]")] and plain.tokenizer.convert_tokens_to_ids("<query>") in ids
+    assert np.abs(plain.encode_query(["a red bird"]) - encode(ours, ["a red bird"], "query", progress=False)).max() < 1e-5
+    again = tiny_model("gemma2", max_position_embeddings=514, length=512, prompts=plain.prompts)
+    add_tokens(again, adapter_tokens("gemma_sd/adapter"))
+    assert np.abs(load_adapter(again, "gemma_sd/adapter").encode_query(["a red bird"]) - plain.encode_query(["a red bird"])).max() < 1e-5, "the adapter alone is not the merged model"
+    assert main(["flagembedding", *[o if o != "last_token" else "cls" for o in said], *asked]) == 2 and "the first token sees nothing" in capsys.readouterr().err
 
 
 def rag_rows(rows, **more): Path("t2rank_100.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
