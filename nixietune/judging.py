@@ -208,12 +208,16 @@ def check_merge(
 
 def _whole(s, output):
     "One model with its adapter."
-    from nixietune.adapters import is_adapter, load_adapter, save_merged
+    from nixietune.adapters import adapter_tokens, add_tokens, is_adapter, load_adapter, save_merged
     from nixietune.encoder import load_encoder
     from nixietune.merging import loaded
     name = s["model"][0]
     if not s["adapter"] and not is_adapter(name): raise InputError("one model without an adapter", name, "two models or more, a folder with an adapter, or --adapter")
-    save_merged(load_adapter(load_encoder(name), s["adapter"], trainable=False) if s["adapter"] else loaded(name), output)
+    model = load_encoder(name) if s["adapter"] else loaded(name)
+    if s["adapter"]:
+        add_tokens(model, adapter_tokens(s["adapter"]))
+        load_adapter(model, s["adapter"], trainable=False)
+    save_merged(model, output)
     return {"weights": None}
 
 # %% ../nbs/88d_judging.ipynb #749c9e85

@@ -421,9 +421,10 @@ def measured_beside(
     from nixietune.probes import forgetting
     probes, base, found = probes_of(s), model_of(s), {}
     if s["forgetting"]: found["forgetting"] = forgetting(base, result.model, probes, floor=s["floor"], missing=s["missing"], seed=s["seed"])
-    if s["merge"]: found["sweep"] = merge_sweep(base, result.model, target=_chosen_on(s), probes=probes, floor=s["floor"], missing=s["missing"])
+    target = _chosen_on(s) if s["merge"] else None
+    if s["merge"]: found["sweep"] = merge_sweep(base, result.model, target=target, probes=probes, floor=s["floor"], missing=s["missing"])
     for o in found.values(): say(o)
-    if s["merge"]: _judge_mix(s, result, found["sweep"])
+    if s["merge"]: _judge_mix(s, result, found["sweep"], target[0])
     return found
 
 
@@ -450,7 +451,7 @@ def _chosen_on(s):
         return sets[1], corpus_of(concatenate_datasets([o for o in sets if o is not None])) if corpus is None else corpus
 
 
-def _judge_mix(s, result, sweep):
+def _judge_mix(s, result, sweep, dev):
     "Save the best mix, where it is one, and compare it with the base on test."
     from nixietune.adapters import save_merged
     from nixietune.comparison import compare
@@ -459,7 +460,7 @@ def _judge_mix(s, result, sweep):
     if not 0 < sweep.best < 1: return say(f"no mix is better on dev than {'the model as it was' if sweep.best == 0 else 'the tuned model'}: none is saved")
     problem = result.after.problem
     mixed = evaluate_vectors(problem, *encode_problem(sweep.model, problem, progress=False), similarity_of(sweep.model))
-    found = compare(result.before, mixed)
+    found = compare(result.before, mixed, chosen_on=dev)
     if first_process(): save_merged(sweep.model, Path(s["output"])/"merged")
     result.facts["merged"] = {"share": sweep.best} | found.summary()
     say(f"the mix with {sweep.best:g} of the tuned model is in {Path(s['output'])/'merged'}; on test: {found.verdict}")
