@@ -102,6 +102,7 @@ def finetune(
     resume=False, # go on where an interrupted run in `output_dir` stopped?
     callbacks=None, # transformers callbacks
     evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
+    examples=None, # `InContext`: queries are read with examples from their batch while training
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
@@ -113,7 +114,7 @@ def finetune(
     model, seconds = ready(model, max_length, dropout, args.get("forward", "auto")), {}
     def measure(model): return evaluate(model, test, corpus, missing=missing, together=True)
     def trainer_for(seed, folder, model, loss, callbacks):
-        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator)
+        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator, examples=examples)
     fresh, trainer = deepcopy((model, loss, callbacks)) if seeds > 1 else None, trainer_for(seed, output_dir, model, loss, callbacks)  # together: a loss may hold the model
     with timed(seconds, "baseline"): before = measure(model)
     with timed(seconds, "training"): trainer.train(resume)

@@ -25,7 +25,8 @@ def exchange(
     "Train on these groups from now on."
     if len(groups) != len(trainer.source): raise InputError(f"{len(groups):,} groups for {len(trainer.source):,}", "exchange", "the same groups with other negatives")
     index = index_groups(groups, known, trainer.model, prompts=trainer.args.prompts)
-    new, old = source_of(trainer.model, index, trainer.args), trainer.source
+    examples = trainer.examples and trainer.examples(trainer.model, index, groups)
+    new, old = source_of(trainer.model, index, trainer.args, extend=examples), trainer.source
     new.budget, new.layout = old.budget, old.layout
     vars(old).update(vars(new))
     trainer.texts = (index.queries, index.documents)

@@ -419,7 +419,7 @@ class _Enduring(_Restoring):
         self.done.append({name: inputs[name] for name in ("label", "packs", "key", "budget") if name in inputs})
         label = inputs["label"]
         self.facts["pairs"] += int((label["kind"] == POS).sum())
-        for name in ("real", "computed", "padded"): self.facts[name] += label.get(name, 0)
+        for name, n in ({o: label.get(o, 0) for o in ("real", "computed", "padded")} | label.get("counted", {})).items(): self.facts[name] = self.facts.get(name, 0) + n
         if torch.isfinite(loss): self.last_loss = loss
         return torch.zeros_like(loss) if self.last_loss is None else self.last_loss.to(loss.device)  # for a step that is left out, the loss before it is logged
 
@@ -455,6 +455,7 @@ class _Running(_Enduring):
             self.stopping.restore()
             a.eval_on_start = asked
         for words in filter(None, (o.left_out() for o in sentence_transformers_losses(self.loss.objective))): say(words)
+        if self.examples: say(self.examples.told(self.facts))
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
@@ -469,7 +470,7 @@ class _Running(_Enduring):
                  f"texts {layout}{f' ({measured})' if measured else ''}, {precision_in(a)} on {a.device}"]
         if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
             lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
-        lines += [f"loss: {o}" for o in self.loss.objective.described()]
+        lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
         if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
 
@@ -489,6 +490,7 @@ class Trainer(_Running):
         guide=None, # vectors of a guide for `InfoNCE(guided=True)`: `Vectors` or a folder
         callbacks=None, # transformers callbacks
         evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
+        examples=None, # `InContext`: queries are read with examples from their batch; alone without it
     ):
         groups, dev = as_groups(groups), dev if dev is None else as_groups(dev, "dev")
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
@@ -501,7 +503,8 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.source = source_of(model, index, args, vectors)
+        self.examples = examples
+        self.source = source_of(model, index, args, vectors, examples and examples(model, index, groups))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         freeze_unused(model, self.source, args, reader_of(objective, model).read)
