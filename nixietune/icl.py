@@ -229,6 +229,7 @@ class Drawer:
         edges = np.flatnonzero((np.asarray(a.kind) == POS) & np.repeat(self.part, np.diff(a.ptr)))
         self.place = np.full(len(a.kind), -1)
         self.place[edges] = np.arange(len(edges))
+        if not len(edges): raise InputError("no group takes part", "InContext", "positives; and retrieval=True, or a task type that begins with symmetric")
         self.store = _examples_store(model, _pairs(index, groups, edges, by_category), config, template["suffix"])
         _check_room(model, index, self.store)
 
@@ -260,7 +261,6 @@ class Drawer:
 # %% ../nbs/72_icl.ipynb #65a64697
 def _check_room(model, index, store):
     "An `InputError` where not even the shortest example fits beside the shortest query."
-    if not len(store): raise InputError("no group takes part", "InContext", "positives; and retrieval=True, or a task type that begins with symmetric")
     prompt, text = min(index.queries, key=lambda o: len(o[0] + o[1]))
     query, example, limit = len(model[0].preprocess([text], prompt=prompt or None, task="query")["input_ids"][0]), int(store.lengths.min()), length_limit(model, "query")
     if query + example > limit: raise InputError(f"examples longer than what queries leave: the shortest has {example:,} tokens, the shortest query {query:,}", "InContext", f"at most {limit:,} together: a larger max_length for queries, or a smaller query_length and document_length")
