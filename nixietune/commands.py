@@ -21,7 +21,7 @@ _IN = [Option("groups", str, "groups: files, folders, patterns", many=True), *_o
 _OUT = [Option("write_as", str, "dialect of the output; that of the groups without it"), Option("overwrite", bool, "write over a file that is there", False)]
 _JSON = [Option("json", bool, "print the report as JSON, and all else to standard error", False)]
 _HUB = [*_of(TRAIN, "cache_dir", "token", "trust_remote_code"), Option("devices", str, "where to compute, as in cuda:0 cuda:1; the best there is without it", many=True)]
-_HOW = _of(TRAIN, "max_length", "query_length", "document_length", "pooling", "normalize", "query_prompt", "document_prompt", "instruction_format")
+_HOW = _of(TRAIN, "max_length", "query_length", "document_length", "pooling", "normalize", "query_prompt", "document_prompt", "instruction_format", "suffix", "task_examples", "task_examples_format")
 
 # %% ../nbs/88b_commands.ipynb #cf6119c7
 MINE = [

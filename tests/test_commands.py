@@ -40,6 +40,7 @@ def models(tmp_path_factory):
     "A tiny encoder, reranker and language model, with room for 1,024 tokens."
     folder, tokenizer = tmp_path_factory.mktemp("models"), tiny_model()[0].tokenizer
     tiny_model(length=512, max_position_embeddings=514).save_pretrained(str(folder / "tiny"))
+    tiny_model("qwen3", length=256, max_position_embeddings=1024).save_pretrained(str(folder / "decoder"))
     torch.manual_seed(1)
     with hushed():
         vocabulary = dict(vocab_size=len(tokenizer), pad_token_id=0)
@@ -255,8 +256,9 @@ def test_embedding_goes_on(monkeypatch, capsys, output):
     ("mine --groups toy_finetune_data.jsonl --model tiny --output x.jsonl --devices cuda:77", "devices of this machine"),
     ("mine --groups toy_finetune_data.jsonl --model tiny --output x.csv", "not written as"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --search_batch_size 128", "never reads it"),
-    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --examples_for_task web", "in-context examples are not built yet"),
-    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-icl", "in-context examples are not built yet"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path decoder --examples_for_task web", "no such file"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-icl", "pooling='lasttoken'"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-pseudo_moe", "the model says what it is"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --batch_size 3000", "packs of so many tokens"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --negativ_number 3", "no argument 'negativ_number'"),
     ("score --groups toy_finetune_data.jsonl --output x.jsonl", "no model"),
