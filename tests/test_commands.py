@@ -56,7 +56,7 @@ def folder(models, tmp_path, monkeypatch):
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "user")
-    for name in ("tiny", "reranker", "language"): os.symlink(models / name, name)
+    for name in ("tiny", "decoder", "reranker", "language"): os.symlink(models / name, name)
     write_lines("toy_finetune_data.jsonl", ({"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]]} for o in toy_groups(80, negatives=3)))
     return tmp_path / "user"
 
@@ -242,6 +242,18 @@ def test_embedding_goes_on(monkeypatch, capsys, output):
     assert n >= 4800 and {o.split("/")[0] for o in {*files()} - {*before}} == {output}
     if output == "vectors": assert len(open_vectors(output)) == n
     else: assert Path(output).stat().st_size == n*json.loads(out)["dimensions"]*4
+
+
+def test_mining_with_examples(folder, capsys):
+    "hn_mine for a model that reads examples: they change the ranking, and the format that it leaves out is that of its model class."
+    Path("task.json").write_text(json.dumps([{"instruct": "Find it.", "query": "tiny winged one", "response": "a small bird"}]*3))
+    said = "mine --input_file toy_finetune_data.jsonl --range_for_sampling 0-5 --negative_number 5 --embedder_name_or_path decoder --embedder_model_class decoder-only-icl --query_instruction_for_retrieval Find."
+    assert main([*said.split(), "--output_file", "with.jsonl", "--examples_for_task", "task.json"]) == 0
+    assert "examples_for_task is task_examples" in capsys.readouterr().err
+    assert main([*said.split(), "--output_file", "without.jsonl"]) == 0
+    assert main([*said.split(), "--output_file", "spelled.jsonl", "--examples_for_task", Path("task.json").read_text(), "--examples_instruction_format", r"<instruct>{}\n<query>{}\n<response>{}"]) == 0
+    found = {name: [{*o["neg"]} for o in read_lines(f"{name}.jsonl")] for name in ("with", "without", "spelled")}
+    assert found["with"] == found["spelled"] != found["without"]
 
 
 @pytest.mark.parametrize("said, found", [
