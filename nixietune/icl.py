@@ -15,8 +15,8 @@ import numpy as np
 from .batching import draw
 from .core import cache_folder, check_range, fingerprint, InputError
 from .display import say
-from .encoder import has_template, instruction_format, prompt_of
-from .evaluation import evaluate
+from .encoder import encode, has_template, instruction_format, prompt_of, query_prompts
+from .evaluation import DEFAULT_METRICS, evaluate_vectors, relevance, similarity_of
 from .relation import POS
 from .tokens import length_limit, save_arrays, tokenizer_key, TokenStore
 
@@ -143,22 +143,27 @@ def set_examples(
 # %% ../nbs/72_icl.ipynb #b0f1042f
 def _cut(tokenizer, texts, most):
     "Texts of at most so many tokens."
-    if not texts: return []
     found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return [text if len(ends) <= most else text[:ends[most - 1][1]] for text, ends in zip(texts, found)]
 
 
+def _texts(tokenizer, pairs, config, suffix):
+    "Examples as texts, from (query, response) pairs."
+    asked, said = (_cut(tokenizer, [*side], most) for side, most in zip(zip(*pairs), (config.query_length, config.document_length)))
+    return [q + suffix + r + BETWEEN for q, r in zip(asked, said)]
+
+
 def _examples_store(model, pairs, config, suffix):
-    "The token ids of examples, from (query, response) pairs; on disk, as the other tokens are."
+    "The token ids of examples; on disk, as the other tokens are."
     path = cache_folder("examples")/fingerprint(tokenizer_key(model), str(config), suffix, [o for pair in pairs for o in pair])
-    if path.exists(): return TokenStore(path)
-    rows, tokenizer, step = [], model.tokenizer, 4096
-    for start in range(0, len(pairs), step):
-        asked, said = zip(*pairs[start:start + step])
-        texts = [q + suffix + r + BETWEEN for q, r in zip(_cut(tokenizer, [*asked], config.query_length), _cut(tokenizer, [*said], config.document_length))]
-        rows += [np.array(o, np.int32) for o in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    save_arrays(path, ids=np.concatenate(rows), offsets=np.r_[0, np.cumsum([len(o) for o in rows])])
-    return TokenStore(path)
+    ids_of = lambda texts: [np.array(o, np.int32) for o in model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    if not path.exists():
+        rows = [row for start in range(0, len(pairs), 4096) for row in ids_of(_texts(model.tokenizer, pairs[start:start + 4096], config, suffix))]
+        save_arrays(path, ids=np.concatenate(rows), offsets=np.r_[0, np.cumsum([len(o) for o in rows])])
+    store, first = TokenStore(path), _texts(model.tokenizer, pairs[:20], config, suffix)
+    joints = [np.array_equal(both, np.concatenate([store[i], store[i + 1]])) for i, both in enumerate(ids_of([a + b for a, b in zip(first, first[1:])] or ["a"])[:len(first) - 1])]
+    if not all(joints): say(f"{joints.count(False)} of {len(joints)} joints between examples are other tokens in one piece: this tokenizer looks across a blank line")
+    return store
 
 # %% ../nbs/72_icl.ipynb #a0f48566
 def _wanted(groups, retrieval):
@@ -294,19 +299,25 @@ def examples_from(
 
 def evaluate_icl(
     model, # a SentenceTransformer, see `set_examples`; it is left as it was
-    groups, # as for `evaluate`
-    corpus=None, # as for `evaluate`
+    groups, # Dataset of groups, or (queries, qrels)
+    corpus=None, # Dataset of documents
     examples=None, # dicts of instruct, query and response; those of the model without it
-    **options, # of `evaluate`
+    k=100, # documents kept for each query
+    metrics=DEFAULT_METRICS, # as for `evaluate`
+    missing="error", # as for `evaluate`
+    progress=True, # show how the encoding goes?
 ) -> dict: # "without examples", "with examples" -> `Evaluation`
-    "What examples are worth: one model, its queries read without them and behind them."
+    "What examples are worth: one model, its queries read without them and behind them; documents are the same."
     kept, found = examples_of(model), {}
     if not kept: raise InputError("a model without a suffix", "evaluate_icl", "set_examples(model)")
     examples = kept["examples"] if examples is None else examples
     if not examples: raise InputError("no examples", "evaluate_icl", "examples=..., or a model that has some")
+    problem = relevance(groups, corpus, missing)
+    documents, problem.facts["instructions"] = encode(model, problem.texts, "document", progress=progress), 0
     try:
         for name, some in (("without examples", ()), ("with examples", examples)):
             set_examples(model, some, kept["format"])
-            found[name] = evaluate(model, groups, corpus, **options)
+            queries = encode(model, problem.queries, "query", prompts=query_prompts(model, problem.prompts), progress=progress)
+            found[name] = evaluate_vectors(problem, queries, documents, similarity_of(model), k, metrics)
     finally: set_examples(model, kept["examples"], kept["format"])
     return found

@@ -122,9 +122,11 @@ def plan(
     groups, # Dataset of groups to train on
     args, # `TrainingArguments`
     timed=True, # measure how long it takes, too?
+    examples=None, # `InContext`, as for the trainer
 ) -> Plan:
     "What a run will do on this machine."
-    return plan_for(model, source_of(model, index_groups(groups, model=model, prompts=getattr(args, "prompts", None)), args), args, timed)
+    index = index_groups(groups, model=model, prompts=getattr(args, "prompts", None))
+    return plan_for(model, source_of(model, index, args, extend=examples and examples(model, index, groups)), args, timed)
 
 
 def plan_for(
