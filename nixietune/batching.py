@@ -374,6 +374,7 @@ class Source(torch.utils.data.Dataset):
         self.shuffle_ratio, self.first, self.vectors, self.names, self.multiple, self.extend = shuffle_ratio, {}, vectors or {}, list(index.names), multiple, extend
         if extend and layout_of(model).name not in ("packed", "bucketed", "padded"): raise InputError(f"texts are fed as {layout_of(model).name}", "queries that are read with more than themselves", "a transformer")
         self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
+        self.earlier, self.since = None, (0, 0)  # another source, which is read before this (epoch, step)
         prompts, queries = zip(*index.queries)
         before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
         if self.layout.name == "text":
@@ -386,8 +387,15 @@ class Source(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.arrays.query)
 
+    def of(self, key):
+        "The source that a batch is read from: this one, or an earlier one."
+        if self.earlier is None or (key.epoch, key.step) >= self.since: return self
+        self.earlier.budget, self.earlier.layout = self.budget, self.layout
+        return self.earlier
+
     def __getitem__(self, key):
         "One batch: `packs` (features of each forward) and `label`."
+        if self.of(key) is not self: return self.of(key)[key]
         labels, q, d = batch_labels(self.arrays, key, *self.draws)
         forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, key, q, d, labels, _places(self, key, d, labels))
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))

@@ -278,8 +278,9 @@ class _Learning(_Feeding):
 
     @torch.no_grad()
     def _without_numbers(self, inputs):
-        key, (_, q, d) = inputs["key"], batch_labels(self.source.arrays, inputs["key"], *self.source.draws)
-        return without_numbers(self.loss.vectors(inputs["packs"], inputs["label"]["order"]), [self.texts[0][i][1] for i in q], [self.texts[1][i] for i in d])
+        key, source = inputs["key"], self.source.of(inputs["key"])
+        (queries, documents), (_, q, d) = self.texts if source is self.source else self.earlier_texts, batch_labels(source.arrays, key, *source.draws)
+        return without_numbers(self.loss.vectors(inputs["packs"], inputs["label"]["order"]), [queries[i][1] for i in q], [documents[i] for i in d])
 
     def add_model_card_callback(self, default_args_dict):
         "Our card instead of the default one."

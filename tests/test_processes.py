@@ -26,8 +26,9 @@ from nixietune.groups import make_groups, write_groups
 from nixietune.losses import BatchKL, Contrastive, CoSENT, InfoNCE, KL, M3KD, Triplet
 from nixietune.m3 import add_heads, M3
 from nixietune.objectives import Matryoshka, Objective, PerDataset
+from nixietune.remining import Remine
 from nixietune.steps import Step, union
-from nixietune.testing import tiny_model, toy_groups
+from nixietune.testing import tiny_model, toy_corpus, toy_groups
 from nixietune.training import Trainer, TrainingArguments
 
 holder = functools.cache(tiny_model)  # the model that losses of sentence-transformers are made with
@@ -151,7 +152,7 @@ def test_the_parts_matter():
 
 
 RUNS = {"plain": {}, "a rest": {"groups": 43}, "accumulated": {"gradient_accumulation_steps": 2}, "cached": {"cache_gradients": True},
-    "data sets": {"same_dataset_within_batch": True, "groups": 39}}
+    "data sets": {"same_dataset_within_batch": True, "groups": 39}, "mined anew": {"remine": 3}}
 
 
 ALONE = {"each alone": {"negatives_cross_device": False}} # no one process does the same; but all end with the same weights
@@ -164,7 +165,7 @@ class Die(TrainerCallback):
         if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(start, folder, name, batch_size, groups=40, die_at=None, resume=False, **more):
+def train(start, folder, name, batch_size, groups=40, die_at=None, resume=False, remine=None, **more):
     "A run of the trainer; its weights, the objective's among them."
     rows = [{"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]][:n % 3]} for n, o in enumerate(toy_groups(groups, negatives=2))]
     data = make_groups(rows, "bge")
@@ -172,6 +173,7 @@ def train(start, folder, name, batch_size, groups=40, die_at=None, resume=False,
     args = TrainingArguments(f"{folder}/{name}", precision="fp32", learning_rate=5e-3, per_device_train_batch_size=batch_size, num_train_epochs=2, logging_steps=1, seed=1,
         tokens_per_forward=60, **more)
     trainer = Trainer(deepcopy(start), args, data, loss=Objective([InfoNCE(0.1), CoSENT()], learn_temperature=True))
+    if remine: trainer.add_callback(Remine(trainer, toy_corpus(), every_steps=remine, number=2, relative=None))
     if die_at: trainer.add_callback(Die(die_at))
     trainer.train(resume)
     return {"weights": torch.cat([o.detach().flatten() for o in trainer.loss.parameters()]), "steps": trainer.state.global_step,
