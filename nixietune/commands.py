@@ -42,6 +42,7 @@ MINE = [
     Option("fuse", str, "how several rankings become one: 'rrf' or 'union'", "rrf"),
     Option("existing", str, "negatives that are there: 'keep', 'replace' or 'replace mined'", "keep"),
     Option("fill", str, "'random' draws what is missing"),
+    Option("cache", str, "a folder where vectors and the cross-encoder's scores are kept; the same command goes on with it where it was interrupted"),
     Option("temperature", float, "of sampling 'softmax'", 0.05, above=0), Option("seed", int, "of what is left to chance", 0, least=0),
     *_HOW, *_HUB, *_JSON]
 
@@ -142,7 +143,7 @@ def run_mine(
     check_devices(s["devices"])
     dialect, groups, corpus = dialect_of(s), groups_of(s), corpus_for(s)
     judge = load_teacher(s["cross_encoder"], **hub_of(s)) if s["cross_encoder"] else None
-    same = ("number", "ranks", "sampling", "margin", "max_score", "against", "metric", "fuse", "existing", "fill", "temperature", "seed", "devices")
+    same = ("number", "ranks", "sampling", "margin", "max_score", "against", "metric", "fuse", "existing", "fill", "temperature", "seed", "devices", "cache")
     found, report = mine_negatives(groups, encoders_of(s) or None, corpus, known=[load_groups(s["known"])] if s["known"] else (), cross_encoder=judge, report=True,
         relative=s["relative"] or None, near=s["near"] or None, **{o: s[o] for o in same})
     write_groups(found, output, dialect)

@@ -13,6 +13,7 @@ __all__ = ['YES_OR_NO', 'ASKED_ABOUT', 'SCALES', 'Scorer', 'bi_encoder', 'cut_te
 import os, string
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -486,6 +487,7 @@ def score_pairs(
     document, # int[n] number of its document
     path=None, # a file to keep the scores in, and to find those of an earlier run
     piece=1024, # pairs at a time
+    progress=True, # show how it goes?
 ) -> np.ndarray: # f32[n]
     "Scores of pairs, each computed once."
     if path and scorer.key is None: raise InputError("a function without a name, so nobody knows whose scores are kept", str(path), "as_scorer(function, name='...'), with another name whenever it changes")
@@ -497,12 +499,12 @@ def score_pairs(
     todo = np.flatnonzero(missing)
     if path and len(todo) < len(query): say(f"{Path(path).name}: {len(query) - len(todo):,} of {counted(len(query), 'pair')} were scored before")
     starts = np.flatnonzero(np.diff(query[todo], prepend=-1))  # of queries
-    with Progress(len(query), "pairs", "the teacher scores", initial=len(query) - len(todo)) as bar:
+    with Progress(len(query), "pairs", "the teacher scores", initial=len(query) - len(todo)) if progress else nullcontext() as bar:
         for here in np.split(todo, starts[1:][np.diff(starts//piece) > 0]):
             if not len(here): continue
             scores[here] = scorer([pair(i) for i in here])
             if path: keep_scores(path, keys[here], scores[here])
-            bar.update(len(here))
+            if bar: bar.update(len(here))
     return scores
 
 # %% ../nbs/42_scoring.ipynb #bd50833e

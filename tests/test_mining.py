@@ -14,6 +14,7 @@ from nixietune.core import InputError
 from nixietune.index import search
 from nixietune.mining import bm25_miner, candidates, miners_of, pool_of, read_range
 from nixietune.relation import OWN
+from nixietune.scoring import as_scorer
 from nixietune.texts import normal_form
 
 WORDS = ["red", "Blue", "grün", "東京", "naïve", "🐟", "über", "dog", "the", "x"]
@@ -174,10 +175,29 @@ def test_cross_encoder_reads_every_candidate_that_is_left():
     groups = make([("query 1", [docs[15]]), ("query 2", [docs[8]])])
     out, report = mined(groups, hashed, corpus_of(docs), number=3, ranks=20, relative=None, margin=0.5, cross_encoder=judge, report=True)
     assert len(set(asked)) == len(asked) == 40  # 19 candidates and a positive each
-    assert [len(q) + len(d) for q, d in asked] == sorted((len(q) + len(d) for q, d in asked), reverse=True)
     assert new(out) == [[docs[14], docs[13], docs[12]], [docs[7], docs[6], docs[5]]]
     assert report.negatives["score"].tolist() == [14, 13, 12, 7, 6, 5] and report.negatives["positive"].tolist() == [15]*3 + [8]*3
-    with pytest.raises(InputError, match="one number for each pair"): mined(groups, hashed, corpus_of(docs), cross_encoder=lambda pairs: [1.0])
+    with pytest.raises(InputError, match="one number a pair"): mined(groups, hashed, corpus_of(docs), cross_encoder=lambda pairs: [1.0])
+
+
+def test_an_interrupted_mining_goes_on(tmp_path):
+    "Vectors and scores that were computed are read again, and the result is that of a run in one piece."
+    docs, asked, broken = [f"document {i}" for i in range(20)], [], True
+    def judge(pairs):
+        if broken and asked: raise KeyboardInterrupt
+        asked.extend(pairs)
+        return [int(d.split()[1]) for _, d in pairs]
+    groups, corpus, model = make([(f"query {i}", [docs[i]]) for i in range(4)]), corpus_of(docs), nt.tiny_model()
+    teacher = as_scorer(judge, name="by number")
+    mine = lambda **more: mined(groups, model, corpus, number=3, ranks=20, relative=None, margin=0.5, cross_encoder=teacher, **more)
+    asked.append("nobody yet")
+    with pytest.raises(KeyboardInterrupt): mine(cache=tmp_path)
+    broken, stamps = False, {o: o.stat().st_mtime_ns for o in tmp_path.rglob("*.npy")}
+    assert [*tmp_path.iterdir()]  # the vectors were kept
+    once, n = new(mine(cache=tmp_path)), len(asked)
+    assert new(mine(cache=tmp_path)) == once == new(mine()) and len(asked) == 2*n - 1  # the second call asked about nothing, the one without a folder about all
+    assert stamps == {o: o.stat().st_mtime_ns for o in stamps}
+    with pytest.raises(InputError, match="without a name"): mined(groups, model, corpus, relative=None, margin=0.5, cross_encoder=judge, cache=tmp_path)
 
 
 def test_scores_stay_out_of_the_groups():
