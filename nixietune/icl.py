@@ -103,7 +103,7 @@ def _lengths(model, before, room):
     own, fixed = (before["own"], before["fixed"]) if before and given == before["length"] else (length_limit(model, "query"), given is not None)
     limit = getattr(model[0].auto_model.config, "max_position_embeddings", None) or float("inf")
     now = own if fixed else min(own, max(limit - room, own//2))
-    if now + room > limit: raise InputError(f"examples of {room:,} tokens before queries of up to {now:,}", "set_examples", f"at most {limit:,} tokens together: fewer or shorter examples, or a smaller max_length")
+    if room and now + room > limit: raise InputError(f"examples of {room:,} tokens before queries of up to {now:,}", "set_examples", f"at most {limit:,} tokens together: fewer or shorter examples, or a smaller max_length")
     if now < own: say(f"queries may have {now:,} tokens instead of {own:,}: {room:,} of the model's {limit:,} positions are for examples")
     return {"own": own, "fixed": fixed, "length": now + room}
 

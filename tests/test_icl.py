@@ -17,6 +17,7 @@ from nixietune.encoder import encode, set_max_length
 from nixietune.evaluation import evaluate
 from nixietune.groups import make_groups
 from nixietune.icl import evaluate_icl, examples_from, examples_of, InContext, set_examples, with_examples
+from nixietune.settings import model_of, read_settings, TRAIN
 from nixietune.testing import tiny_model, toy_corpus, toy_groups
 from nixietune.training import Trainer, TrainingArguments
 
@@ -205,6 +206,33 @@ def test_counted():
     counted = [source[BatchKey(0, step, (0, 1, 2, 3), 0)] for step in range(10)]
     assert sum(o["label"]["counted"]["examples_left_out"] for o in counted) > 0 and max(len(row) for o in counted for row in rows_in(o)) <= 16
     for o in counted: assert all("?" in model.tokenizer.decode(row) for row in rows_in(o)[:4]), "the query keeps its place"
+
+
+def test_a_tokenizer_that_looks_across_a_blank_line(capsys):
+    "GPT-2's splits two line breaks when a word follows: joined tokens are then other ones than in one piece, which is said."
+    from tokenizers import pre_tokenizers
+    for across in (False, True):
+        model = tiny_model("qwen3", max_position_embeddings=4096)
+        model[0].processor = tokenizer()
+        if across: model.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        groups = make_groups([{"query": q, "pos": [p]} for q, p in PAIRS], "bge")
+        set_examples(model)
+        InContext()(model, index_groups(groups, model=model), groups)
+        assert ("3 of 3 joints" in capsys.readouterr().out) == across
+
+
+def test_settings(folder, tmp_path):
+    "What a run file says; backslash and n, as a shell writes them, are a new line in every prompt and format."
+    (tmp_path / "task.json").write_text(json.dumps([{"query": "a", "response": "b", "instruct": "c"}]))
+    said = {"model": folder, "query_prompt": r"Find.\nQuery: ", "document_prompt": "", "instruction_format": r"Instruct: {instruction}\nQuery: {query}", "suffix": r"\nResponse:", "task_examples": str(tmp_path / "task.json")}
+    model = model_of(read_settings(TRAIN, typed=said))
+    assert model.prompts["query"] == "Find.\nQuery: " and examples_of(model)["prefix"] == "Instruct: c\nQuery: a\nResponse:b\n\n"
+    model.save_pretrained(str(tmp_path / "saved"))
+    kept = model_of(read_settings(TRAIN, typed={"model": str(tmp_path / "saved"), "suffix": "auto"}))
+    assert examples_of(kept) == examples_of(model)
+    trained = model_of(read_settings(TRAIN, typed={"model": str(tmp_path / "saved"), "examples": 3}))
+    assert examples_of(trained)["examples"] == [] and examples_of(trained)["suffix"] == "\nResponse:"
+    with pytest.raises(InputError, match="together with examples"): model_of(read_settings(TRAIN, typed=said | {"examples": 3}))
 
 
 # ---- training
