@@ -357,6 +357,19 @@ def _reorder(source, model, documents, before, roles):
     texts, prompts = [text for i in long for text in reordered(documents[i])], [before[i] for i in long for _ in range(6)]
     source.stores["reordered"] = tokenize(model, texts, "document", prompts, tasks=[roles[i] for i in long for _ in range(6)] if roles else None)
 
+
+def _take_texts(source, model, index):
+    "Tokenise all texts once, or keep them where the model is fed with texts."
+    prompts, queries = zip(*index.queries)
+    before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
+    if source.layout.name == "text":
+        say(f"texts are tokenised anew for every batch: {source.layout.reason}")
+        source.model, source.texts = model, {"query": index.queries, "document": list(zip(before, index.documents))}
+    else:
+        one = lambda o: o[0] if len(set(o)) == 1 else list(o)
+        source.stores = {"query": tokenize(model, queries, "query", one(prompts)), "document": tokenize(model, index.documents, "document", one(before) if before else None, tasks=index.roles or None)}
+    if source.shuffle_ratio: _reorder(source, model, index.documents, before, index.roles)
+
 # %% ../nbs/60_batching.ipynb #74222edf
 class Source(torch.utils.data.Dataset):
     "Builds batches from keys."
@@ -375,15 +388,7 @@ class Source(torch.utils.data.Dataset):
         if extend and layout_of(model).name not in ("packed", "bucketed", "padded"): raise InputError(f"texts are fed as {layout_of(model).name}", "queries that are read with more than themselves", "a transformer")
         self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
         self.earlier, self.since = None, (0, 0)  # another source, which is read before this (epoch, step)
-        prompts, queries = zip(*index.queries)
-        before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
-        if self.layout.name == "text":
-            say(f"texts are tokenised anew for every batch: {self.layout.reason}")
-            self.model, self.texts = model, {"query": index.queries, "document": list(zip(before, index.documents))}
-        else:
-            one = lambda o: o[0] if len(set(o)) == 1 else list(o)
-            self.stores = {"query": tokenize(model, queries, "query", one(prompts)), "document": tokenize(model, index.documents, "document", one(before) if before else None, tasks=index.roles or None)}
-        if shuffle_ratio: _reorder(self, model, index.documents, before, index.roles)
+        _take_texts(self, model, index)
 
     def __len__(self): return len(self.arrays.query)
 

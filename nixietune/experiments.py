@@ -106,8 +106,7 @@ def finetune(
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
-    _check_seeds(seeds)
-    set_seed(seed)
+    _check_seeds(seeds); set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
     corpus = _own_corpus(train, dev, test) if corpus is None else corpus
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made

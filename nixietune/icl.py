@@ -258,7 +258,7 @@ class Drawer:
         edges = [next((int(e) for e in draw(a, key, row, *source.draws) if self.place[e] >= 0), -1) for row in key.rows]
         others = [(row, edge) for row, edge in zip(key.rows, edges) if edge >= 0]
         for row, query in zip(key.rows, queries):
-            fits = self._fits(a, row)
+            fits = _fits(self, a, row)
             taken = chosen_examples(others, key, row, self.most, fits) if self.part[row] else []
             ids, n = with_examples(query, [self.store[self.place[edge]] for _, edge in taken], self.limit, self.head)
             out.append(ids)
@@ -267,15 +267,18 @@ class Drawer:
             counted["queries_alone"] += bool(self.part[row]) and not any(map(fits, others))
         return out, counted
 
-    def _fits(self, a, row):
-        "May another group of the batch be an example of this one?"
-        text = a.query_text[row]
-        known = {*a.known_doc[a.known_ptr[text]:a.known_ptr[text + 1]].tolist()}
-        def fits(other):
-            o, edge = other
-            if o == row or a.dataset[o] != a.dataset[row] or a.query_text[o] == text: return False
-            return int(self.as_document[a.query_text[o]]) not in known and (bool(self.label[o]) or int(a.doc[edge]) not in known)
-        return fits
+
+
+# %% ../nbs/72_icl.ipynb #f01704e1
+def _fits(drawer, a, row):
+    "Whether another (group, positive) of the batch may be an example of a group, as a function."
+    text = a.query_text[row]
+    known = {*a.known_doc[a.known_ptr[text]:a.known_ptr[text + 1]].tolist()}
+    def fits(other):
+        o, edge = other
+        if o == row or a.dataset[o] != a.dataset[row] or a.query_text[o] == text: return False
+        return int(drawer.as_document[a.query_text[o]]) not in known and (bool(drawer.label[o]) or int(a.doc[edge]) not in known)
+    return fits
 
 # %% ../nbs/72_icl.ipynb #65a64697
 def _check_room(model, index, store):

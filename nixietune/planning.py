@@ -128,7 +128,7 @@ def plan(
     index = index_groups(groups, model=model, prompts=getattr(args, "prompts", None))
     return plan_for(model, source_of(model, index, args, extend=examples and examples(model, index, groups)), args, timed)
 
-
+# %% ../nbs/61_plan.ipynb #96a7e732
 def plan_for(
     model, # a SentenceTransformer
     source, # the `Source` of its batches

@@ -496,7 +496,7 @@ class Trainer(_Running):
         groups, dev = as_groups(groups), dev if dev is None else as_groups(dev, "dev")
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
         elif args.forward != "auto": prepare(model, args.forward)
-        self.recipe, self.logged, self.parts = recipe(model), None, {}
+        self.recipe, self.logged, self.parts, self.examples = recipe(model), None, {}, examples
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
         index = index_groups(groups, [as_groups(o, "known groups") for o in (dev, *known) if o is not None], model, prompts=args.prompts)
         objective = objective_for(loss, model, self.recipe.temperature, index, args)
@@ -504,7 +504,6 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.examples = examples
         self.source = source_of(model, index, args, vectors, examples and examples(model, index, groups))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
@@ -515,8 +514,7 @@ class Trainer(_Running):
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts, evaluator), Stopping(lambda asked: together(asked, args)), Epochs()
-        alone = [Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []
-        for callback in (*alone, self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
+        for callback in (*([Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []), self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(
