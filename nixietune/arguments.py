@@ -84,6 +84,7 @@ class TrainingArguments(SentenceTransformerTrainingArguments):
         refuse(self)
         for name, limit in RANGES.items(): check_range(name, getattr(self, name), where="TrainingArguments", **limit)
         choose_precision(self)
+        if self.load_best_model_at_end: self.metric_for_best_model = self.metric_for_best_model or "ndcg@10"  # theirs is a loss on dev, which nobody measures
         self.drop_rest, self.dataloader_drop_last = self.dataloader_drop_last, True  # or sentence-transformers sets it for several processes, and says so
         super().__post_init__()
         self.dataloader_drop_last = self.drop_rest

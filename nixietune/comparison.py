@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'MAIN_METRICS', 'paired', 'bootstrap_means', 'interval_of', 'sign_flip_test', 'clusters_of', 'cluster_sums',
            'resampled', 'holm', 'detectable', 'over_runs', 'total_error', 'outcome_of', 'verdict_of', 'Comparison',
-           'marked', 'chosen_queries', 'compare', 'ranges_of', 'slice_table']
+           'marked', 'compare', 'ranges_of', 'slice_table']
 
 # %% ../nbs/32_comparison.ipynb #dfe73b08
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from html import escape
 from math import isnan
 from .core import InputError
 from .display import say, Table
-from .evaluation import Evaluation, metric_label
+from .evaluation import chosen_queries, Evaluation, metric_label
 from .plots import BLUE, GREY, ORANGE, plot_changes
 from .texts import components, normal_form
 
@@ -281,20 +281,6 @@ def marked(
 
 def _or_none(value): return None if isinstance(value, float) and isnan(value) else value
 
-# %% ../nbs/32_comparison.ipynb #19adb2fb
-def chosen_queries(
-    chosen_on, # groups, an evaluation, queries, or a list of such
-) -> set: # normal forms of the queries
-    "The queries that took part in choosing something."
-    if chosen_on is None: return set()
-    if isinstance(chosen_on, str): return {normal_form(chosen_on)}
-    if isinstance(chosen_on, Mapping) and "query" in chosen_on: return {normal_form(chosen_on["query"])}
-    if hasattr(chosen_on, "per_query"): chosen_on = chosen_on.per_query["query"].tolist()
-    elif "query" in getattr(chosen_on, "column_names", ()): chosen_on = chosen_on["query"][:]
-    if not isinstance(chosen_on, (list, tuple, set)):
-        raise InputError(f"a {type(chosen_on).__name__}", "chosen_on", "groups, an evaluation, queries, or a list of such")
-    return set().union(*map(chosen_queries, chosen_on))
-
 # %% ../nbs/32_comparison.ipynb #ec03017f
 MAIN_METRICS = ("ndcg@10", "mrr@10", "recall@10", "recall@100") # these come first in a table
 _FORMATS = dict(before=".3f", after=".3f", difference="+.3f", p=".2g", **{"p (Holm)": ".2g", "could show": ".3f"})
@@ -384,7 +370,7 @@ def compare(
     main, interval = rows[names.index(metric)], intervals[names.index(metric)]
     per_query, runs = _per_query(old, new, metric, drawn), _run_differences(old_runs[metric], new_runs[metric])
     d, seen = per_query["difference"], chosen_queries(chosen_on)
-    counts, chosen = (int((d > 1e-12).sum()), int((d < -1e-12).sum()), int((d.abs() <= 1e-12).sum())), sum(normal_form(o) in seen for o in new["query"] if seen)
+    counts, chosen = (int((d > 1e-12).sum()), int((d < -1e-12).sum()), int((d.abs() <= 1e-12).sum())), max(sum(normal_form(o) in seen for o in new["query"] if seen), first.info.get("chosen", 0), second.info.get("chosen", 0))
     verdict = verdict_of(metric_label(metric), main["before"], main["after"], interval, main["p"], counts, confidence,
                          main["could show"], drawn and (len(sums), "clusters"), power)
     for more in _more_said(runs, len(d), chosen): verdict = f"{verdict} {more}"

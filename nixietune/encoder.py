@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from .core import device_list, InputError, spread
+from .decoders import add_eos, add_pad, can_look_back, ends_in, looks_back, quantization, set_causal
 from .display import hushed, Progress, say
 from .recipes import recipe
 from .tokens import bag, length_limit, pack, pad, plan_buckets, plan_packs, register_attention, tokenize
 
 # %% ../nbs/21_encoder.ipynb #1b2a135b
-PACKABLE = {"bert": 0, "distilbert": 0, "electra": 0, "modernbert": 0, "qwen2": 0, "qwen3": 0,
+PACKABLE = {"bert": 0, "distilbert": 0, "electra": 0, "modernbert": 0, "qwen2": 0, "qwen3": 0, "llama": 0, "mistral": 0, "gemma2": 0,
             "roberta": "after padding", "xlm-roberta": "after padding", "camembert": "after padding"}
 _UNPACKABLE = {"mpnet": "adds its own position bias inside attention, so texts in a pack would see each other",
                "deberta-v2": "computes attention from relative positions itself, so texts in a pack would see each other"}
@@ -429,14 +430,19 @@ def load_encoder(
     pooling=None, # "mean", "cls" or "lasttoken"; the model's own without it
     normalize=None, # shall every vector have length 1? as the model has it without it
     dropout=None, # chance of dropout while training; the model's own without it
+    causal=None, # of a decoder: may a token see only those before it? As the model has it without it
+    eos=None, # shall every text end in the end-of-sequence token? Without it: where a decoder has no pooling of its own, and gets that of the last token
+    dtype="fp32", # of the weights: "fp32", "fp16" or "bf16"; half is for a base that LoRA keeps as it is
+    quantize=None, # "4bit" or "8bit": a base that LoRA keeps as it is, with bitsandbytes on a GPU
     device=None, # where to put it; the best there is without it
     **kwargs, # what `SentenceTransformer` takes
 ) -> "SentenceTransformer":
-    "Load a model, in float32, with its family's prompts, ready to encode and train."
+    "Load a model with its family's prompts, ready to encode and train."
     from sentence_transformers import SentenceTransformer
     path = local_path(name)
     check_model_path(path)
-    kwargs["model_kwargs"] = {"dtype": torch.float32, **kwargs.get("model_kwargs", {})}
+    if dtype not in DTYPES: raise InputError(f"dtype={dtype!r}", "load_encoder", " or ".join(map(repr, DTYPES)))
+    kwargs["model_kwargs"] = {"dtype": DTYPES[dtype], **({"quantization_config": quantization(quantize)} if quantize else {}), **kwargs.get("model_kwargs", {})}
     try:
         with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
     except OSError as error:
@@ -444,7 +450,8 @@ def load_encoder(
     set_prompts(model, recipe(path if recipe(path).family != "neutral" else model), prompts)
     if max_length is not None: set_max_length(model, max_length)
     if dropout is not None: set_dropout(model, dropout)
-    set_pooling(model, pooling, normalize)
+    set_pooling(model, _pooling_of(model, path, pooling, causal, eos, kwargs), normalize)
+    if "instruction_format" in (prompts or {}): instruction_format(model)
     prepare(model, forward)
     return model
 
@@ -511,3 +518,31 @@ def set_dropout(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout): module.p = p
         if isinstance(getattr(module, "attention_dropout", None), float): module.attention_dropout = p
+
+# %% ../nbs/21_encoder.ipynb #36c1cbed
+def _is_bare(path, kwargs):
+    "Is there a transformer alone, without sentence-transformers' list of modules?"
+    if Path(path).expanduser().is_dir(): return not (Path(path).expanduser()/"modules.json").is_file()
+    from sentence_transformers.util import is_sentence_transformer_model
+    return not is_sentence_transformer_model(path, **{k: v for k, v in kwargs.items() if k in ("token", "cache_folder", "revision", "local_files_only")})
+
+
+def _pooling_of(model, path, pooling, causal, eos, kwargs):
+    "The pooling that a model shall have; a decoder is made ready for it."
+    network, tokenizer = getattr(model[0], "auto_model", None), getattr(model[0], "tokenizer", None)
+    if network is None or not can_look_back(network):
+        if network is None and (causal or eos): raise InputError("causal= or eos=", type(model[0]).__name__, "a model with a transformer")
+        if causal: set_causal(network, causal)
+        if eos: add_eos(tokenizer)
+        return pooling
+    if causal is not None: set_causal(network, causal)
+    if pooling == "cls" and looks_back(network): raise InputError("pooling='cls'", network.config.model_type, "'lasttoken': the first token sees nothing of a text where attention looks back only")
+    if tokenizer.pad_token is None: say(f"gaps are filled with {add_pad(tokenizer)}: the tokenizer has no padding token")
+    bare = _is_bare(path, kwargs)
+    if bare and pooling is None:
+        pooling = "lasttoken" if looks_back(network) else "mean"
+        say(f"a language model without a pooling: it is {pooling!r}, for attention looks {'back only' if pooling == 'lasttoken' else 'both ways'}")
+    last = "lasttoken" in (POOLING.get(pooling), *(getattr(o, "pooling_mode", None) for o in model if pooling is None))
+    if (eos or eos is None and bare and last) and add_eos(tokenizer): say(f"texts end in {tokenizer.eos_token} from now on: the tokenizer did not put it there")
+    elif last and not ends_in(tokenizer): say("a text's vector is that of its own last token, whatever that is: eos=True puts an end-of-sequence token there")
+    return pooling

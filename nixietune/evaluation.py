@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'CUTOFFS', 'ALL_METRICS', 'DEFAULT_METRICS', 'SIMILARITIES
            'is_relevant', 'measure_run', 'Judgments', 'read_grade', 'read_judgments', 'judged_queries', 'read_corpus',
            'match_documents', 'Relevance', 'relevance', 'Run', 'write_trec_run', 'read_trec_run', 'timed',
            'metric_table', 'Evaluation', 'similarity_of', 'encode_texts', 'evaluation_of', 'without_same_id',
-           'encode_problem', 'evaluate_vectors', 'evaluate', 'evaluate_run']
+           'encode_problem', 'evaluate_vectors', 'chosen_queries', 'note_choice', 'evaluate', 'evaluate_run']
 
 # %% ../nbs/31_evaluation.ipynb #5076650c
 import time
@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
+from weakref import WeakKeyDictionary
 from .core import InputError, atomic_path, fingerprint
 from .display import Table, say
 from .files import byte_lines
 from .groups import text_id
 from .index import search
+from .texts import normal_form
 from .judgments import judgments, QUERY_TEXTS, read_query, text_rows
 
 # %% ../nbs/31_evaluation.ipynb #ed4d89ea
@@ -612,6 +614,32 @@ def evaluate_vectors(
     return evaluation_of(problem, rows, scores, metrics, threshold, seconds, k=k, dimension=dimension, similarity=similarity)
 
 # %% ../nbs/31_evaluation.ipynb #f12a0f05
+_chosen = WeakKeyDictionary() # model -> normal forms of queries: beside the model, so that nothing of it is saved
+
+
+def chosen_queries(
+    chosen_on, # groups, an evaluation, queries, a `Tuning`, or a list of such
+) -> set: # normal forms of the queries
+    "The queries that took part in choosing something."
+    if chosen_on is None: return set()
+    if isinstance(chosen_on, str): return {normal_form(chosen_on)}
+    if isinstance(chosen_on, Mapping) and "query" in chosen_on: return {normal_form(chosen_on["query"])}
+    if hasattr(chosen_on, "per_query"): chosen_on = chosen_on.per_query["query"].tolist()
+    elif hasattr(chosen_on, "chosen_on"): chosen_on = chosen_on.chosen_on
+    elif "query" in getattr(chosen_on, "column_names", ()): chosen_on = chosen_on["query"][:]
+    if not isinstance(chosen_on, (list, tuple, set)):
+        raise InputError(f"a {type(chosen_on).__name__}", "chosen_on", "groups, an evaluation, queries, or a list of such")
+    return set().union(*map(chosen_queries, chosen_on))
+
+
+def note_choice(
+    model, # a model; only the object is remembered, not what is saved of it
+    chosen_on, # as for `chosen_queries`; another model stands for the queries on which it was chosen
+):
+    "Remember that these queries took part in choosing a model."
+    _chosen[model] = _chosen.get(model, set()) | (_chosen.get(chosen_on, set()) if hasattr(chosen_on, "state_dict") else chosen_queries(chosen_on))
+
+# %% ../nbs/31_evaluation.ipynb #32a158e4
 def evaluate(
     model, # a SentenceTransformer, or a function of (texts, role) that returns vectors
     groups, # queries with the documents that answer them: `load_groups`; or (queries, qrels)
@@ -630,7 +658,9 @@ def evaluate(
     metrics, seconds = metric_names(metrics), {}
     problem, similarity = relevance(groups, corpus, missing, threshold), similarity_of(model)
     vectors = encode_problem(model, problem, seconds, progress=progress, cache=cache, devices=devices, together=together)
-    return evaluate_vectors(problem, *vectors, similarity, k, metrics, threshold, devices, ignore_identical_ids, seconds)
+    found = evaluate_vectors(problem, *vectors, similarity, k, metrics, threshold, devices, ignore_identical_ids, seconds)
+    if seen := _chosen.get(model) if hasattr(model, "state_dict") else None: found.info["chosen"] = sum(normal_form(o) in seen for o in problem.queries)
+    return found
 
 # %% ../nbs/31_evaluation.ipynb #d7a4be15
 def evaluate_run(

@@ -25,7 +25,7 @@ from .batching import index_groups, KeySampler, shortages, Source
 from .core import atomic_path, check_folder, check_range, InputError, write_json, write_text
 from .display import hushed, Progress, quiet, say, Table
 from .encoder import budget_of, check_model_path, layout_of, LAYOUTS, load_encoder, local_path, prepare, set_prompts, to_device
-from .evaluation import evaluate, metric_label
+from .evaluation import evaluate, metric_label, note_choice
 from .groups import make_groups
 from .losses import InfoNCE
 from .objectives import Objective
@@ -671,13 +671,17 @@ def merge_sweep(
     model, states = _ready(deepcopy(plain[0]), plain[0]), [o.state_dict(keep_vars=True) for o in plain]
     shared = shared_names(states, names)
     def mixed(alpha): fill(model, states, [1 - alpha, alpha], names, shared, method)
-    def measure(pair): return evaluate(model, *pair, k=1, metrics=(metric,), missing=missing, progress=False).metrics[metric]
+    asked = {}
+    def measure(name, pair):
+        asked[name] = evaluate(model, *pair, k=1, metrics=(metric,), missing=missing, progress=False)
+        return asked[name].metrics[metric]
     with Progress(len(alphas), "mixes", "measuring") as bar:
         for alpha in alphas:
             mixed(alpha)
             with quiet() if rows else nullcontext():  # what there is to say of the data is said once
-                rows.append({"share": alpha, **{name: measure(pair) for name, pair in sets.items()}})
+                rows.append({"share": alpha, **{name: measure(name, pair) for name, pair in sets.items()}})
             bar.update()
     best = best_share(rows, floor)
     mixed(best)
+    for o in (*plain, asked["target"]): note_choice(model, o)
     return MergeSweep(rows, best, metric, floor, model)

@@ -73,14 +73,14 @@ FLAG_MODEL = {
     "use_fast_tokenizer": _refused("transformers 5 has one kind of tokenizer", True, "True"),
     "use_slow_tokenizer": _refused("transformers 5 has one kind of tokenizer; FlagEmbedding never reads it", False, "False"),
     "use_flash_attn": Rule("forward", "texts are packed, with the variable-length attention of PyTorch where there is a GPU for it: nothing to install", lambda value, given: {}),
-    "sentence_pooling_method": Rule("pooling"),
+    "sentence_pooling_method": Rule("pooling", "last_token: every text ends in the end-of-sequence token, whatever the tokenizer's class", lambda value, given: {"pooling": value} | ({"eos": True} if value == "last_token" else {})),
     "normalize_embeddings": Rule("normalize", "false: the losses compare by inner product"), "normlized": Rule("normalize", "the old spelling; false also makes the temperature 1, as there"),
     "fix_position_embedding": Rule("freeze", "weights with position_embeddings in their names", lambda value, given: {"freeze": ["position_embeddings"]} if plain_value(value) else {}),
-    "use_lora": Rule("lora"), "lora_rank": Rule("lora_rank"), "lora_alpha": Rule("lora_alpha"), "lora_dropout": Rule("lora_dropout"),
+    "use_lora": Rule("lora", "false without it, as in its encoder trainers; its decoder trainers have true"), "lora_rank": Rule("lora_rank"), "lora_alpha": Rule("lora_alpha"), "lora_dropout": Rule("lora_dropout"),
     "target_modules": Rule("lora_targets"), "modules_to_save": Rule("modules_to_save"),
     "peft_model_path": Rule("adapter", "to go on from; FlagEmbedding never reads it"), "from_peft": Rule("adapter", "to go on from"), "raw_peft": Rule("merge_adapters", "merged into the model before training"),
     "save_merged_lora_model": Rule("", "output/model is always whole: the adapter is merged into it", lambda value, given: {}),
-    "only_merge_lora_model": _refused("nt.merge_adapter does it", False, "False"), "additional_special_tokens": _refused(_NOT_YET),
+    "only_merge_lora_model": _refused("nt.merge_adapter does it", False, "False"), "additional_special_tokens": Rule("special_tokens", "their rows are trained beside the adapter; there they stay random"),
 }
 
 # %% ../nbs/89_seeds.ipynb #29eb340b

@@ -43,6 +43,9 @@ _MODEL = [
     Option("query_length", int, "tokens that a query is cut at, where it is another number than max_length"),
     Option("document_length", int, "tokens that a document is cut at, where it is another number"),
     Option("pooling", str, "'mean', 'cls' or 'lasttoken'; the model's own without it"),
+    Option("causal", bool, "of a decoder: may a token see only those before it? (--no-causal: attention looks both ways)"),
+    Option("eos", bool, "end every text in the end-of-sequence token; where a language model has no pooling of its own without it"),
+    Option("weights_dtype", str, "of the weights: 'fp32', 'fp16' or 'bf16'; half is for a base that LoRA keeps as it is", "fp32"),
     Option("normalize", bool, "shall every vector have length 1? as the model has it without it"),
     Option("query_prompt", str, "what goes before every query; the model's own or its family's without it"),
     Option("document_prompt", str, "what goes before every document"),
@@ -59,6 +62,7 @@ _MODEL = [
     Option("lora_dropout", float, "its dropout", 0.1, least=0),
     Option("lora_targets", str, "names of the layers that get one; all linear ones without it", many=True),
     Option("modules_to_save", str, "names of layers that are trained as a whole beside it", many=True),
+    Option("special_tokens", str, "tokens such as <query>, added where the model has not got them; with LoRA their rows are trained, too", many=True),
     Option("adapter", str, "a folder with an adapter to go on from"),
     Option("merge_adapters", str, "folders with adapters that are merged into the model first", many=True),
     Option("cache_dir", str, "where models from the Hub are kept"), Option("token", str, "for private models of the Hub"),
@@ -298,20 +302,28 @@ def model_of(
     settings, # of a training run
 ): # a SentenceTransformer
     "The model that settings ask for, with what is added to it."
-    from nixietune.adapters import add_head, add_lora, freeze, load_adapter, merge_adapter
+    from nixietune.adapters import add_head, add_lora, adapter_tokens, add_tokens, freeze, load_adapter, merge_adapter
     from nixietune.encoder import load_encoder
     s, named = settings, {"query": "query_prompt", "document": "document_prompt", "instruction_format": "instruction_format"}
-    prompts = {role: s[name].replace("\\n", "\n") for role, name in named.items() if s[name] is not None} or None  # a shell has no other way to write a new line
+    prompts = {role: s[name].replace("\\n", "\n") for role, name in named.items() if s[name] is not None} or None  # a shell knows no new line but \\n
     lengths = {role: s[f"{role}_length"] or s["max_length"] for role in ("query", "document")}
     missing = [f"{role}_length" for role, n in lengths.items() if n is None]
     if len(missing) == 1: raise InputError(f"{missing[0]} is not given", "settings", "both query_length and document_length, or max_length for the other")
     hub = {ours: s[name] for ours, name in (("cache_folder", "cache_dir"), ("token", "token")) if s[name]} | ({"trust_remote_code": True} if s["trust_remote_code"] else {})
     given = dict(forward=s["forward"], prompts=prompts, max_length=None if missing else lengths, pooling=s["pooling"], normalize=s["normalize"], dropout=s["dropout"]) | hub
+    given |= {ours: s[name] for ours, name in (("causal", "causal"), ("eos", "eos"), ("dtype", "weights_dtype")) if s[name] not in (None, "fp32")}
     model = _with_its_heads(s, given) if s["heads"] else load_encoder(s["model"], **given)
-    for o in s["merge_adapters"] or []: merge_adapter(load_adapter(model, o))
+    tokens = s["special_tokens"] or []
+    for o in s["merge_adapters"] or []:
+        add_tokens(model, adapter_tokens(o))
+        merge_adapter(load_adapter(model, o))
     if s["head"]: add_head(model, s["head"], s["seed"])
-    if s["adapter"]: load_adapter(model, s["adapter"])
-    elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], seed=s["seed"])
+    if s["adapter"]:
+        if more := [o for o in tokens if o not in adapter_tokens(s["adapter"])]: raise InputError(f"special token {more[0]}", s["adapter"], "tokens that this adapter has rows for; a new one would not be trained")
+        add_tokens(model, adapter_tokens(s["adapter"]))
+        load_adapter(model, s["adapter"])
+    elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], tokens, s["seed"])
+    elif tokens: add_tokens(model, tokens)
     if s["freeze"]: freeze(model, *s["freeze"])
     _with_examples(model, s)
     return model

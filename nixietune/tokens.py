@@ -252,33 +252,40 @@ def attend(
     scale=None, # factor before the softmax; 1/sqrt(d) without
     causal=False, # may a token look only back?
     window=None, # |i - j| must be smaller than this; None for no limit
+    softcap=None, # c: scores become c*tanh(score/c), as in Gemma 2 (arXiv 2408.00118)
+    mask=None, # bool, which token may look at which, instead of `causal` and `window`: for padded texts
 ) -> torch.Tensor: # f[n, heads, L, d]
     "Attention inside each of `n` texts of the same length."
     if window is not None and window >= q.shape[2]: window = None
-    if dropout == 0 and window is None: return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    mask = None if window is None and not causal else _window_mask(q.shape[2], window, causal, q.device)
-    if dropout == 0: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # with dropout PyTorch's CPU kernel falls back to this, more slowly
+    plain = dropout == 0 and softcap is None
+    if plain and mask is None and window is None: return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if mask is None and (causal or window is not None): mask = _window_mask(q.shape[2], window, causal, q.device)
+    if plain: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # PyTorch's kernels know no softcap, and with dropout the CPU's falls back to this, more slowly
     scores = (q*(q.shape[-1]**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    if mask is not None: scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    if softcap is not None: scores = softcap*torch.tanh(scores/softcap)
+    if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -inf: padding may look at nothing
+    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
 
 # %% ../nbs/20_tokens.ipynb #804d23fc
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
                      sliding_window=None, cu_seq_lens_q=None, **kwargs):
     "transformers' attention interface: packed where there are borders between texts, padded elsewhere."
-    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    unknown = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
     if unknown: raise InputError(f"attention with {unknown[0]} is not supported", type(module).__name__, "plain attention")
-    if attention_mask is not None:
+    softcap, looks_back = kwargs.get("softcap"), bool(getattr(module, "is_causal", False))
+    if attention_mask is not None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    causal = looks_back if is_causal is None else bool(is_causal)
+    if looks_back and not causal and sliding_window is not None: sliding_window += 1  # transformers' window of a decoder that looks both ways
     groups = query.shape[1]//key.shape[1]  # grouped-query attention: several heads share a key
     if groups > 1: key, value = (o.repeat_interleave(groups, dim=1) for o in (key, value))
-    options = dict(dropout=dropout, scale=scaling, causal=causal, window=sliding_window)
+    options = dict(dropout=dropout, scale=scaling, causal=causal, window=sliding_window, softcap=softcap)
+    if attention_mask is not None: return attend(query, key, value, **options, mask=attention_mask).transpose(1, 2).contiguous(), None
     if cu_seq_lens_q is None: return attend(query, key, value, **options).transpose(1, 2).contiguous(), None
     if query.is_cuda and torch.is_autocast_enabled("cuda"): query, key, value = (o.to(torch.get_autocast_dtype("cuda")) for o in (query, key, value))  # rotated queries come in float32
-    way = attention_kernel(query.device, query.dtype, causal, sliding_window, query.shape[-1])
+    way = attention_kernel(query.device, query.dtype, causal, sliding_window, query.shape[-1], softcap)
     return KERNELS[way](query, key, value, cu_seq_lens_q, kwargs.get("max_length_q"), options), None
 
 
@@ -288,9 +295,10 @@ def attention_kernel(
     causal=False, # may a token look only back?
     window=None, # how far a token looks
     size=64, # numbers in a head
+    softcap=None, # of its scores
 ) -> str: # "varlen", "jagged" or "runs"
     "How a pack is attended to: by the variable-length kernel, as a nested tensor, or run by run."
-    if device.type != "cuda": return "runs"
+    if device.type != "cuda" or softcap is not None: return "runs"
     half = dtype in (torch.float16, torch.bfloat16)
     if half and find_spec("torch.nn.attention.varlen") and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
     return "runs" if causal or window is not None else "jagged"

@@ -29,7 +29,7 @@ from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint
 from .core import InputError, write_json
 from .display import Progress, say, Table
 from .encoder import check_layout, DTYPES, layout_of, load_encoder, prepare, tokens_in
-from .evaluation import evaluate
+from .evaluation import evaluate, note_choice
 from .foreign import as_groups, sentence_transformers_losses, taken_evaluators, taken_loss
 from .losses import InfoNCE, KL
 from .objectives import losses_in, Objective, PerDataset, temperatures_of
@@ -455,6 +455,7 @@ class _Running(_Enduring):
             self.bar.close()
             self.stopping.restore()
             a.eval_on_start = asked
+        if a.load_best_model_at_end and isinstance(self.evaluator, DevEvaluator): note_choice(self.model, self.evaluator.groups)
         for words in filter(None, (o.left_out() for o in sentence_transformers_losses(self.loss.objective))): say(words)
         if self.examples: say(self.examples.told(self.facts))
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")

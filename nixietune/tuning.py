@@ -8,7 +8,7 @@ __all__ = ['settings_to_try', 'affordable', 'small_corpus', 'Trial', 'try_one', 
 # %% ../nbs/64_tuning.ipynb #94b9e8ed
 import random, time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 import numpy as np
@@ -95,6 +95,7 @@ class Tuning:
     trials: list # of `Trial`
     before: float # nDCG@10 on dev of the model as it was
     skipped: int = 0 # settings that there was no time for
+    chosen_on: list = field(default_factory=list, repr=False) # the queries of dev, for `compare(..., chosen_on=tuning)`
 
     def table(self) -> Table:
         found = {}
@@ -154,7 +155,7 @@ def tune(
     say(f"{n} of {len(tries)} settings are tried: {plan} {len(groups):,} groups; dev is searched in {len(some):,} documents")
     for settings in tries[1:n]: trials += run(settings, 1/9)
     for i in range(1, rounds): trials += [o for settings in best_of(trials)[:-(-n//3**i)] for o in run(settings, 3**i/9)]
-    return Tuning(best_of(trials)[0], trials, before, len(tries) - n)
+    return Tuning(best_of(trials)[0], trials, before, len(tries) - n, dev["query"][:])
 
 # %% ../nbs/64_tuning.ipynb #0cf00a81
 def best_of(

@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nixietune as nt
 from nixietune.comparison import cluster_sums, clusters_of, compare, detectable, holm, resampled, sign_flip_test
 from nixietune.core import InputError
 from nixietune.evaluation import Evaluation
@@ -135,3 +136,21 @@ def test_slices_say_where():
     rows = found.slices({f"q{i}": "first" if i < 100 else "second" for i in range(200)}).rows
     assert [(o["slice"], o["queries"], o["shown"]) for o in rows] == [("first", 100, "better"), ("second", 100, "worse")]
     assert found.outcome == "no difference"
+
+
+def test_a_model_remembers_on_what_it_was_chosen(tmp_path, capsys):
+    "A mix, and the best checkpoint, that are tested on the queries that chose them; other queries are no matter."
+    base, tuned, groups, corpus = nt.tiny_model(), nt.tiny_model(seed=1), nt.toy_groups(12), nt.toy_corpus()
+    dev, test = groups.select(range(8)), groups.select(range(8, 12))
+    with nt.quiet():
+        mix = nt.merge_sweep(base, tuned, (0.5, 1), target=(dev, corpus)).model
+        args = nt.TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, precision="fp32")
+        best = nt.Trainer(nt.tiny_model(), args, test, dev=dev, corpus=corpus)
+        best.train()
+        before = {o: nt.evaluate(base, part, corpus) for o, part in (("dev", dev), ("test", test))}
+        for model in (mix, best.model):
+            assert nt.compare(before["dev"], nt.evaluate(model, dev, corpus)).chosen == 8
+            assert nt.compare(before["test"], nt.evaluate(model, test, corpus)).chosen == 0
+        further = nt.merge_sweep(base, mix, (0.5,), target=(test, corpus)).model
+    found = nt.compare(before["dev"], nt.evaluate(further, dev, corpus))
+    assert found.chosen == 8 and "CAREFUL" in found.verdict and "CAREFUL" in capsys.readouterr().out

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
 
+from nixietune.adapters import adapter_tokens, add_tokens, load_adapter
 from nixietune.cli import main
 from nixietune.configs import config_text
 from nixietune.core import InputError
+from nixietune.encoder import encode, load_encoder
 from nixietune.icl import examples_of
 from nixietune.losses import InfoNCE, M3KD
 from nixietune.m3 import heads_of, load_m3
@@ -112,7 +115,7 @@ def test_the_command_of_bge_m3(folder, capsys):
 
 
 def test_the_command_of_bge_en_icl(folder, capsys):
-    "As its manual prints it, but for fp16, DeepSpeed and the special tokens: examples from the batch, categories of clusters, and a suffix that the merged model keeps."
+    "As its manual prints it, but for fp16 and DeepSpeed: examples from the batch, categories of clusters, and a suffix that the merged model keeps."
     tiny_model("qwen3", length=2048, max_position_embeddings=4096).save_pretrained("decoder")
     rows = [{"query": o["query"], "pos": [o["query"]], "neg": [i["doc"] for i in o["neg"]], "prompt": "Find the topic. ", "type": "symmetric_clustering", "category": o["query"].split()[-1]} for o in toy_groups(16, negatives=4, seed=1)]
     Path("example_data/clustering-no_in_batch_neg").mkdir()
@@ -122,7 +125,7 @@ def test_the_command_of_bge_en_icl(folder, capsys):
         --query_max_len 2048 --passage_max_len 512 --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0 --drop_threshold 0 --example_query_max_len 256
         --example_passage_max_len 256 --retrieval_use_examples True --output_dir ./icl_sd --overwrite_output_dir --learning_rate 1e-4 --num_train_epochs 1 --per_device_train_batch_size 2 --dataloader_drop_last True
         --warmup_ratio 0.1 --gradient_checkpointing --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02 --sentence_pooling_method last_token --normalize_embeddings True --kd_loss_type kl_div""".split()
-    said += ["--query_instruction_for_retrieval", "Given a query, retrieve passages that are relevant to the query.", "--query_instruction_format", r"<instruct>{}\n<query>{}", "--icl_suffix_str", r"\n<response>"]
+    said += ["--query_instruction_for_retrieval", "Given a query, retrieve passages that are relevant to the query.", "--query_instruction_format", r"<instruct>{}\n<query>{}", "--icl_suffix_str", r"\n<response>", "--additional_special_tokens", "<instruct>", "<query>", "<response>"]
     assert main(["flagembedding", *said]) == 0
     facts = figures("icl_sd")["facts"]["training"]
     assert facts["examples"] > 20 and facts["queries_alone"] < facts["steps"] and "0 to 5 examples" in capsys.readouterr().out
@@ -138,6 +141,31 @@ def test_what_icl_arguments_mean():
     assert translate("flagembedding", {})["examples"] == 0
     found = translate("mine", {"embedder_model_class": "decoder-only-icl", "examples_for_task": "task.json"})
     assert (found["suffix"], found["task_examples"], found["task_examples_format"]) == ("auto", "task.json", "<instruct>{}\n<query>{}\n<response>{}")
+
+
+def test_the_command_of_gemma(folder, capsys):
+    "bge-multilingual-gemma2's, as its manual prints it, but for fp16 and DeepSpeed, on a folder as it comes with a language model: one plain model at the end, which sentence-transformers alone reads."
+    bare = tiny_model("gemma2", max_position_embeddings=514, length=512)
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", "[CLS] $A $B", [("[CLS]", bare.tokenizer.bos_token_id)])
+    for o in (bare[0].auto_model, bare.tokenizer): o.save_pretrained("gemma")
+    said = """--model_name_or_path gemma --cache_dir ./cache/model --use_lora True --lora_rank 32 --lora_alpha 64 --target_modules q_proj k_proj v_proj o_proj gate_proj down_proj up_proj
+        --additional_special_tokens <instruct> <query> --save_merged_lora_model True --train_data ./example_data/retrieval ./example_data/sts/sts.jsonl ./example_data/classification-no_in_batch_neg
+        --cache_path ./cache/data --train_group_size 8 --query_max_len 512 --passage_max_len 512 --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0
+        --drop_threshold 0 --output_dir ./gemma_sd --overwrite_output_dir --learning_rate 1e-3 --num_train_epochs 1 --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1
+        --gradient_checkpointing --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02 --sentence_pooling_method last_token --normalize_embeddings True --kd_loss_type m3_kd_loss""".split()
+    asked = ["--query_instruction_for_retrieval", "Given a query, retrieve passages that are relevant to the query.", "--query_instruction_format", r"<instruct>{}\n<query>{}"]
+    assert main(["flagembedding", *said, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "texts end in [SEP]" in out and "2 new tokens" in out and "the rows of <instruct>, <query>" in out
+    plain, ours = SentenceTransformer("gemma_sd/model", device="cpu"), load_encoder("gemma_sd/model")
+    assert plain.prompts["query"] == "<instruct>Given a query, retrieve passages that are relevant to the query.\n<query>" and plain[1].pooling_mode == "lasttoken"
+    ids = plain.preprocess(["a red bird"], prompt=plain.prompts["query"])["input_ids"][0].tolist()
+    assert [ids[o] for o in (0, 1, -1)] == [plain.tokenizer.convert_tokens_to_ids(o) for o in ("[CLS]", "<instruct>", "[SEP]")] and plain.tokenizer.convert_tokens_to_ids("<query>") in ids
+    assert np.abs(plain.encode_query(["a red bird"]) - encode(ours, ["a red bird"], "query", progress=False)).max() < 1e-5
+    again = tiny_model("gemma2", max_position_embeddings=514, length=512, prompts=plain.prompts)
+    add_tokens(again, adapter_tokens("gemma_sd/adapter"))
+    assert np.abs(load_adapter(again, "gemma_sd/adapter").encode_query(["a red bird"]) - plain.encode_query(["a red bird"])).max() < 1e-5, "the adapter alone is not the merged model"
+    assert main(["flagembedding", *[o if o != "last_token" else "cls" for o in said], *asked]) == 2 and "the first token sees nothing" in capsys.readouterr().err
 
 
 def rag_rows(rows, **more): Path("t2rank_100.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
