@@ -456,8 +456,7 @@ class _Running(_Enduring):
             self.stopping.restore()
             a.eval_on_start = asked
         if a.load_best_model_at_end and isinstance(self.evaluator, DevEvaluator): note_choice(self.model, self.evaluator.groups)
-        for words in filter(None, (o.left_out() for o in sentence_transformers_losses(self.loss.objective))): say(words)
-        if self.examples: say(self.examples.told(self.facts))
+        for words in filter(None, (*(o.left_out() for o in sentence_transformers_losses(self.loss.objective)), self.examples and self.examples.told(self.facts))): say(words)
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
