@@ -459,7 +459,7 @@ def measured_beside(
     if s["merge"]: _judge_mix(s, result, found["sweep"], target[0])
     return found
 
-
+# %% ../nbs/88_settings.ipynb #fc7593b5
 def check_after(
     settings, # of a training run
 ):
