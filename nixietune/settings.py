@@ -138,7 +138,7 @@ DEMO = [Option("output", str, "folder for the model, the figures and the report"
 # %% ../nbs/88_settings.ipynb #a489e88c
 TRAIN_PARTS = {  # heading -> options; what is in none of them comes first
     "data": [*_SHARED[1:], *_RULES], "the run": [o for o in _RUN if o.name not in ("output", "epochs", "batch_size", "learning_rate")], "after training": _AFTER,
-    "what is learned": _LOSS, "the model": _MODEL[1:]}
+    "what is learned": _LOSS, "the model": _MODEL[1:], "in-context examples": _EXAMPLES}
 
 # %% ../nbs/88_settings.ipynb #6d2899ce
 def read_value(
