@@ -64,7 +64,6 @@ HF = {
 HF_DEFAULTS = {"learning_rate": 5e-5, "batch_size": 8, "epochs": 3.0, "arguments": {"warmup_steps": 0}}
 
 # %% ../nbs/89_seeds.ipynb #9639d15e
-_NOT_YET = "not built yet"
 FLAG_MODEL = {
     "model_name_or_path": Rule("model"),
     "config_name": _refused("a model brings its configuration"),

@@ -112,6 +112,8 @@ _RUN = [
     Option("seed", int, "of everything", 0, least=0),
     Option("seeds", int, "training runs, with seed, seed + 1, ...: the verdict then knows how much runs differ", 1, least=1),
 ]
+
+# %% ../nbs/88_settings.ipynb #9b913780
 _EXAMPLES = [
     Option("examples", int, "in-context examples of a query while training, drawn from its batch: 0 to so many", 0, least=0),
     Option("example_query_length", int, "tokens of an example's query", 64, least=1),
