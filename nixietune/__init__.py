@@ -48,6 +48,7 @@ _NAMES = {
         "m3": "M3 load_m3 save_m3 encode_m3 m3_scores evaluate_m3 m3_scorer m3_evaluator",
         "launching": "launch",
         "reporting": "report write_run",
+        "widgets": "side_by_side search_box refused_at margin_slider mix_at merge_slider plot_both_maps plot_both_scores",
     }.items()
     for name in names.split()
 }

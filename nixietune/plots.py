@@ -283,7 +283,7 @@ def plot_map(
     ax.add_collection(LineCollection(points[pairs], colors=BLUE, linewidths=0.8, alpha=0.55))
     for some, color, size, marker, name in ((~is_query & ~answer, GREY, 8, "o", "other documents"), (answer, BLUE, 20, "o", "answers"), (is_query, ORANGE, 26, "^", "queries")):
         ax.scatter(*points[some].T, s=size, color=color, marker=marker, linewidths=0, alpha=0.45 if color == GREY else 0.9, label=name)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     ax.spines[["left", "bottom"]].set_visible(False)
     _legend(ax, ["queries", "answers", "other documents"])
     return ax
