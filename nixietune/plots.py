@@ -301,7 +301,7 @@ def plot_maps(
     figure = Figure((9.4, 4.4), layout="constrained", facecolor="none")
     queries, first = len(before[0]), None
     pairs = np.asarray(answers, dtype=int).reshape(-1, 2) + [0, queries]
-    for ax, vectors, name in zip(figure.subplots(1, 2), (before, after), names):
+    for ax, vectors, name in zip(figure.subplots(1, 2, subplot_kw={"facecolor": "none"}), (before, after), names):
         points, share = principal_plane(np.concatenate(vectors))
         if first is not None: points = turned_like(points, first)
         first = points if first is None else first

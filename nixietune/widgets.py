@@ -210,8 +210,7 @@ def plot_both_scores(
     from matplotlib.figure import Figure
     from nixietune.plots import png_bytes
     if not both.problem.queries: raise InputError("no known answers", "plot_both_scores", "side_by_side(..., groups=...)")
-    for ax, side in zip(Figure((9.4, 3), layout="constrained", facecolor="none").subplots(1, 2), both.sides):
-        ax.set_facecolor("none")
+    for ax, side in zip(Figure((9.4, 3), layout="constrained", facecolor="none").subplots(1, 2, subplot_kw={"facecolor": "none"}), both.sides):
         plot_scores(*answer_scores(side, both.problem, n), ("answers", f"hardest {n} others"), f"score by {side.name}", ax)
     ax._repr_png_ = partial(png_bytes, ax, dpi=100)
     return ax
@@ -325,7 +324,7 @@ def refused_at(
             for said, some in parts for i, o in zip(some, frame.loc[some].to_dict("records"))]
     left = frame.assign(kept=~mask).groupby("query")["kept"].sum()
     title = f"{rule}={value:g} refuses {len(out):,} of {len(frame):,} candidates ({len(out)/len(frame):.1%})"
-    note = f"{(left == 0).sum():,} of {len(left):,} queries keep none, {(left > 0).sum():,} keep {left[left > 0].median() if (left > 0).any() else 0:g} (median). {_before(report)}"
+    note = f"{(left == 0).sum():,} of {len(left):,} queries are left with none" + (f"; the others keep {left[left > 0].median():g} (median)" if left.any() else "") + f". {_before(report)}"
     table = Table(rows, title, note.strip(), {name: ".3f"})
     return View(table, f'<div style="line-height:1.4">{show_html(plot_refused(report, rule, value))}{show_html(table)}</div>')
 

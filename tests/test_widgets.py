@@ -32,7 +32,7 @@ nt.merge_slider(MergeSweep(rows, 0.25, "ndcg@10", 0.01, None))"""]
 
 FRONTS = { # name -> (path of the page, is it ready?, run all cells)
     "lab": ("doc/tree/{}", "[...jupyterapp.shell.widgets('main')][0].sessionContext.session.kernel.status == 'idle'", "jupyterapp.commands.execute('notebook:run-all-cells')"),
-    "classic": ("notebooks/{}", "window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel && Jupyter.notebook.kernel.is_connected()", "Jupyter.notebook.execute_all_cells()"),
+    "classic": ("notebooks/{}", "Jupyter.notebook.kernel.is_connected() && !!Jupyter.notebook.kernel.widget_manager", "Jupyter.notebook.execute_all_cells()"),
 }
 
 
@@ -60,12 +60,12 @@ class Page:
         if shots := os.environ.get("WIDGET_SHOTS"): self.shot(f"{shots}/failed.png")
         raise AssertionError(f"never true: {code}\n{self.js('document.body.innerText')}")
 
-    def see(self, text, where=""): return self.wait(f"[...document.querySelectorAll('.widget-html {where}')].map(o => o.innerText).join('').includes({json.dumps(text)})", 20)
+    def see(self, text, where=""): return self.wait(f"[...document.querySelectorAll('.widget-html {where}')].map(o => o.innerText).join('').includes({json.dumps(text)})")
 
     def click(self, selector, text=""):
         "A real click in the middle of the first element that matches and holds the text."
         x, y = self.wait(f"(() => {{ const o = [...document.querySelectorAll({json.dumps(selector)})].find(o => o.innerText.includes({json.dumps(text)}) && o.getClientRects().length); "
-                         "o.scrollIntoView({block: 'center'}); const r = o.getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2] })()", 20)
+                         "o.scrollIntoView({block: 'center'}); const r = o.getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2] })()")
         for kind in ("mousePressed", "mouseReleased"): self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def key(self, name, code, **more):
