@@ -7,12 +7,12 @@ __all__ = ['SEVERITIES', 'SHOWN', 'LOOK', 'MANY', 'FIELDS', 'FINDINGS', 'sides_o
            'Data', 'Finding', 'keep_items', 'rewrite', 'nothing_new', 'drop_duplicates', 'merge_queries',
            'find_duplicate_groups', 'find_repeated_documents', 'find_repeated_queries', 'contradicting', 'mask',
            'find_contradictions', 'all_items', 'change_items', 'unify_documents', 'forget_ids', 'find_near_documents',
-           'find_id_trouble', 'queries_of_positives', 'limit_hubs', 'find_hubs', 'seen_before', 'find_leaks',
-           'add_positives', 'find_missing', 'encoder_scores', 'above_positives', 'drop_suspicious', 'find_suspicious',
-           'with_teacher', 'drop_teacher', 'teacher_to_score', 'squash_teacher', 'find_teacher_trouble',
-           'sort_by_grade', 'find_grade_trouble', 'token_counts', 'word_counts', 'lengths_of', 'limit_for', 'find_cuts',
-           'split_by_length', 'main_script', 'keep_script', 'find_scripts', 'find_no_negatives', 'counts_of',
-           'number_rows', 'Audit', 'plot_text_lengths', 'plot_item_scores', 'audit']
+           'find_id_trouble', 'queries_of_positives', 'limit_hubs', 'find_hubs', 'seen_before', 'drop_seen',
+           'find_leaks', 'add_positives', 'find_missing', 'encoder_scores', 'above_positives', 'drop_suspicious',
+           'find_suspicious', 'with_teacher', 'drop_teacher', 'teacher_to_score', 'squash_teacher',
+           'find_teacher_trouble', 'sort_by_grade', 'find_grade_trouble', 'token_counts', 'word_counts', 'lengths_of',
+           'limit_for', 'find_cuts', 'split_by_length', 'main_script', 'keep_script', 'find_scripts',
+           'find_no_negatives', 'counts_of', 'number_rows', 'Audit', 'plot_text_lengths', 'plot_item_scores', 'audit']
 
 # %% ../nbs/33_audit.ipynb #70d88b0b
 from collections import Counter, defaultdict
@@ -449,6 +449,18 @@ def seen_before(
     return shared
 
 
+def drop_seen(
+    groups:"datasets.Dataset", # groups, as those to train on
+    others:"datasets.Dataset", # groups that stay as they are, as a test set that was judged by hand
+) -> "datasets.Dataset":
+    "Leave out the groups whose query or one of whose positives is among the others, equal or nearly so."
+    import numpy as np
+    found = {kind: {row for split, row, *_ in seen_before({"others": others, "groups": groups}, kind) if split == "groups"} for kind in ("queries", "positives")}
+    bad = set().union(*found.values())
+    say(f"{counted(len(bad), 'group')} left out: the query of {len(found['queries']):,} and a positive of {len(found['positives']):,} stands in the others")
+    return groups.select(np.setdiff1d(np.arange(len(groups)), [*bad])) if bad else groups
+
+
 def find_leaks(data):
     "Queries and positives that are in two splits."
     for name, kind, thing in ("shared_queries", "queries", "query"), ("shared_positives", "positives", "positive"):
@@ -461,7 +473,7 @@ def find_leaks(data):
         groups, near = len({o[:2] for o in found}), len({o[:2] for o in found if o[2] != o[5]})
         if found: yield Finding(name, "error" if near < groups else "warning", len(found),
             f"{counted(groups, 'group')} with a {thing} of an earlier split" + f" ({near:,} nearly the same)"*(near > 0),
-            "The test measures what was learned by heart.", "Split anew, so that what hangs together stays together",
+            "The test measures what was learned by heart.", "Split anew, so that what hangs together stays together; where the test is given, drop_seen(train, test)",
             "split_groups(groups)", show)
 
 # %% ../nbs/33_audit.ipynb #175e3016

@@ -78,11 +78,20 @@ _STATIC = {"learning_rate": Setting(0.2, "sentence-transformers' static embeddin
 
 # %% ../nbs/19_recipes.ipynb #21e60242
 _E5_CARD, _BGE_CARD = "model card of intfloat/e5-base-v2", "model card of BAAI/bge-base-en-v1.5"
+_MISTRAL_CARD, _GEMMA_CARD = "model card of intfloat/e5-mistral-7b-instruct", "model card of BAAI/bge-multilingual-gemma2"
 _QWEN3_CARD, _NOMIC_CARD, _GTE_PAPER = "model card of Qwen/Qwen3-Embedding-0.6B", "model card of nomic-ai/modernbert-embed-base", "GTE paper (arXiv 2308.03281)"
 def _no_prompts(card): return {name: Setting("", f"{card}, which wants none") for name in ("query_prompt", "document_prompt")}
 
 
 _FAMILIES = [
+    ("E5 Mistral", r"e5-mistral", None, {
+        "query_prompt": Setting("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", _MISTRAL_CARD),
+        "instruction_format": Setting("Instruct: {instruction}\nQuery: {query}", _MISTRAL_CARD),
+        "pooling": Setting("lasttoken", _MISTRAL_CARD), "temperature": Setting(0.02, "FlagEmbedding's default")}),
+    ("BGE Gemma", r"bge-multilingual-gemma2", None, {
+        "query_prompt": Setting("<instruct>Given a web search query, retrieve relevant passages that answer the query.\n<query>", _GEMMA_CARD),
+        "instruction_format": Setting("<instruct>{instruction}\n<query>{query}", _GEMMA_CARD),
+        "pooling": Setting("lasttoken", _GEMMA_CARD), "temperature": Setting(0.02, "FlagEmbedding's fine-tuning manual")}),
     ("E5 instruct", r"e5.*instruct", None, {
         "query_prompt": Setting("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ",
                                 "model card of intfloat/multilingual-e5-large-instruct"),

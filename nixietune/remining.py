@@ -27,7 +27,8 @@ def exchange(
     "Train on these groups."
     if len(groups) != len(trainer.source): raise InputError(f"{len(groups):,} groups for {len(trainer.source):,}", "exchange", "the same groups with other negatives")
     index = index_groups(groups, known, trainer.model, prompts=trainer.args.prompts)
-    new, old = source_of(trainer.model, index, trainer.args), trainer.source
+    examples = trainer.examples and trainer.examples(trainer.model, index, groups)
+    new, old = source_of(trainer.model, index, trainer.args, extend=examples), trainer.source
     new.budget, new.layout = old.budget, old.layout
     if since:
         new.since, new.earlier = since, copy(old)
@@ -63,6 +64,18 @@ def _place(step, loader, args):
     return step//steps, step % steps*args.gradient_accumulation_steps*args.world_size
 
 
+def _check(trainer, epochs, steps):
+    "An `InputError` for what cannot be."
+    for name, o in (("every_epochs", epochs), ("every_steps", steps)):
+        if o is not None and (not isinstance(o, int) or o < 1): raise InputError(f"{name}={o!r}", "Remine", "a whole number, 1 or more")
+    a = trainer.args
+    if epochs and steps: raise InputError("every_epochs and every_steps", "Remine", "one of them")
+    if steps and a.dataloader_num_workers: raise InputError(f"every_steps with dataloader_num_workers={a.dataloader_num_workers}", "Remine", "0, or every_epochs: workers keep the negatives that they began the epoch with")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled: raise InputError("FSDP or DeepSpeed", "Remine", "whole weights in each process, as DDP has them")
+    if a.dataloader_persistent_workers: raise InputError("dataloader_persistent_workers=True", "Remine", "False: such workers keep the negatives that they know")
+    if trainer.source.vectors: raise InputError("vectors of a teacher or a guide", "Remine", "a loss without them: new negatives have none")
+
+# %% ../nbs/65_remining.ipynb #2bebeb00
 class Remine(TrainerCallback):
     "Mines negatives anew with the weights of the moment. Several processes wait for the first one, which mines."
     def __init__(self,
@@ -100,15 +113,3 @@ class Remine(TrainerCallback):
         if wanted == self.now: return
         groups, self.now = _mined(self, wanted, late or wanted < done), wanted
         exchange(self.trainer, groups, self.known, since)
-
-
-def _check(trainer, epochs, steps):
-    "An `InputError` for what cannot be."
-    for name, o in (("every_epochs", epochs), ("every_steps", steps)):
-        if o is not None and (not isinstance(o, int) or o < 1): raise InputError(f"{name}={o!r}", "Remine", "a whole number, 1 or more")
-    a = trainer.args
-    if epochs and steps: raise InputError("every_epochs and every_steps", "Remine", "one of them")
-    if steps and a.dataloader_num_workers: raise InputError(f"every_steps with dataloader_num_workers={a.dataloader_num_workers}", "Remine", "0, or every_epochs: workers keep the negatives that they began the epoch with")
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled: raise InputError("FSDP or DeepSpeed", "Remine", "whole weights in each process, as DDP has them")
-    if a.dataloader_persistent_workers: raise InputError("dataloader_persistent_workers=True", "Remine", "False: such workers keep the negatives that they know")
-    if trainer.source.vectors: raise InputError("vectors of a teacher or a guide", "Remine", "a loss without them: new negatives have none")

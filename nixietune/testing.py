@@ -62,10 +62,12 @@ _FAMILIES = {
     "modernbert": ("ModernBert", dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
                                       local_attention=8, max_position_embeddings=130)),
     "qwen3": ("Qwen3", _DECODER), "qwen2": ("Qwen2", {k: v for k, v in _DECODER.items() if k != "head_dim"}),
+    "llama": ("Llama", _DECODER), "mistral": ("Mistral", _DECODER | {"sliding_window": 8}),
+    "gemma2": ("Gemma2", _DECODER | {"sliding_window": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4}),
 }
 
 # %% ../nbs/18_testing.ipynb #dd57d682
-def _tokenizer(pad_id=0, length=128):
+def _tokenizer(pad_id=0, length=128, decoder=False):
     "A WordPiece tokenizer that knows the toy problem's words and spells the others."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -78,7 +80,7 @@ def _tokenizer(pad_id=0, length=128):
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     ends = [(o, vocab[o]) for o in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", ends)
-    names = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+    names = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]") | (dict(bos_token="[CLS]", eos_token="[SEP]") if decoder else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names,
                                    model_input_names=["input_ids", "attention_mask"])
 
@@ -103,12 +105,13 @@ def tiny_model(
     else:
         family, settings = _FAMILIES[kind]
         pad_id = 1 if kind in ("roberta", "camembert", "xlm-roberta", "mpnet") else 0
-        tokenizer = _tokenizer(pad_id, length)
-        config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer), "pad_token_id": pad_id, **settings, **config})
+        decoder = "num_key_value_heads" in settings
+        tokenizer = _tokenizer(pad_id, length, decoder)
+        config = getattr(transformers, f"{family}Config")(**{"vocab_size": len(tokenizer), "pad_token_id": pad_id, **({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id} if decoder else {}), **settings, **config})
         with tempfile.TemporaryDirectory() as folder, hushed():
             getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             transformer = Transformer(folder)
-        pooling = pooling or ("lasttoken" if kind.startswith("qwen") else "mean")
+        pooling = pooling or ("lasttoken" if decoder else "mean")
         modules = [transformer, Pooling(32, pooling, include_prompt=include_prompt), Normalize()]
     return SentenceTransformer(modules=modules, prompts=prompts, device="cpu").eval()

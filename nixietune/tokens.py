@@ -78,7 +78,8 @@ def tokenizer_key(
     config = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
     config = {k: v for k, v in config.items() if not k.endswith("_length")}  # lengths are a part of their own
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return fingerprint(type(tokenizer).__name__, json.dumps(rules, sort_keys=True), special, json.dumps(config, sort_keys=True, default=str))
+    template = getattr(tokenizer, "chat_template", None)  # it decides where a model reads texts as messages
+    return fingerprint(type(tokenizer).__name__, json.dumps(rules, sort_keys=True), special, json.dumps(config, sort_keys=True, default=str), template)
 
 
 def length_limit(
@@ -90,9 +91,9 @@ def length_limit(
     return max_length or getattr(model[0], f"{role}_length", None) or model.max_seq_length or float("inf")
 
 
-def _key_parts(model, texts, role, prompts, max_length):
+def _key_parts(model, texts, role, prompts, max_length, tasks):
     "What a token store depends on, part by part, so that a change can be named."
-    return {"role": role, "tokenizer": tokenizer_key(model), "prompts": fingerprint(prompts),
+    return {"role": role if tasks is None else f"{role} {fingerprint(tasks)}", "tokenizer": tokenizer_key(model), "prompts": fingerprint(prompts),
             "maximum length": str(length_limit(model, role, max_length)), "texts": fingerprint(texts)}
 
 
@@ -115,16 +116,18 @@ def _in_memory(rows, prompt_lengths):
     return store
 
 
-def _tokenize_all(model, texts, role, prompts, max_length, chunk):
+def _tokenize_all(model, texts, role, prompts, max_length, chunk, tasks=None):
     "Token ids of every text in the order given, and the prompt length of each."
     each = prompts if isinstance(prompts, (list, tuple)) else [prompts]*len(texts)
-    order = sorted(range(len(texts)), key=lambda i: (each[i] or "", len(texts[i])))
+    kinds = [(prompt or "", task) for prompt, task in zip(each, tasks or [role]*len(texts))]
+    if tasks is not None and (limit := length_limit(model, role, max_length)) < float("inf"): max_length = limit  # or it would be that of the other role
+    order = sorted(range(len(texts)), key=lambda i: (kinds[i], len(texts[i])))
     rows, prompt_lengths = [None]*len(texts), np.zeros(len(texts), np.int32)
-    for prompt, group in groupby(order, key=lambda i: each[i] or ""):
+    for (prompt, task), group in groupby(order, key=lambda i: kinds[i]):
         group = list(group)
         for start in range(0, len(group), chunk):
             some = group[start:start + chunk]
-            found, length = _tokenize_chunk(model, [texts[i] for i in some], role, prompt, max_length)
+            found, length = _tokenize_chunk(model, [texts[i] for i in some], task, prompt, max_length)
             for i, row in zip(some, found): rows[i] = row
             prompt_lengths[some] = length
     return rows, prompt_lengths
@@ -139,21 +142,22 @@ def tokenize(
     chunk=4096, # texts that go to the tokenizer at once
     folder=None, # where stores are kept; None for the cache folder
     keep=True, # keep the store on disk for the next run? Without, it lives in memory
+    tasks=None, # the role that each text is read in, where that is not the one that decides its length: documents that are like queries
 ) -> TokenStore:
     "Tokenise `texts` into a store on disk, or open the store of an earlier run that did the same."
     texts = list(texts)
     if isinstance(prompts, (list, tuple)) and len(prompts) != len(texts):
         raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", "prompts", "one for all, or one a text")
-    if not keep: return _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
+    if not keep: return _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk, tasks))
     folder = Path(folder) if folder else cache_folder("tokens")
-    parts = _key_parts(model, texts, role, prompts, max_length)
+    parts = _key_parts(model, texts, role, prompts, max_length, tasks)
     path = folder/fingerprint(parts)
     if (path/"parts.json").exists(): return TokenStore(path)
     changed = _what_changed(parts, folder)
     what = f"{len(texts):,} {'queries' if role == 'query' else 'documents'}"
     why = "" if not changed else " (other texts)" if changed == ["texts"] else f": other {' and '.join(changed)} than in the run before"
     say(f"tokenising {what}{why}")
-    store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
+    store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk, tasks))
     limit = length_limit(model, role, max_length)
     if full := int((store.lengths >= limit).sum()): say(f"{full:,} of them fill the maximum length of {limit} tokens: what is beyond it is not read")
     with atomic_path(path, replace=False) as temporary:
@@ -248,33 +252,40 @@ def attend(
     scale=None, # factor before the softmax; 1/sqrt(d) without
     causal=False, # may a token look only back?
     window=None, # |i - j| must be smaller than this; None for no limit
+    softcap=None, # c: scores become c*tanh(score/c), as in Gemma 2 (arXiv 2408.00118)
+    mask=None, # bool, which token may look at which, instead of `causal` and `window`: for padded texts
 ) -> torch.Tensor: # f[n, heads, L, d]
     "Attention inside each of `n` texts of the same length."
     if window is not None and window >= q.shape[2]: window = None
-    if dropout == 0 and window is None: return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    mask = None if window is None and not causal else _window_mask(q.shape[2], window, causal, q.device)
-    if dropout == 0: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # with dropout PyTorch's CPU kernel falls back to this, more slowly
+    plain = dropout == 0 and softcap is None
+    if plain and mask is None and window is None: return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if mask is None and (causal or window is not None): mask = _window_mask(q.shape[2], window, causal, q.device)
+    if plain: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # PyTorch's kernels know no softcap, and with dropout the CPU's falls back to this, more slowly
     scores = (q*(q.shape[-1]**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    if mask is not None: scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    if softcap is not None: scores = softcap*torch.tanh(scores/softcap)
+    if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -inf: padding may look at nothing
+    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
 
 # %% ../nbs/20_tokens.ipynb #804d23fc
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
                      sliding_window=None, cu_seq_lens_q=None, **kwargs):
     "transformers' attention interface: packed where there are borders between texts, padded elsewhere."
-    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    unknown = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
     if unknown: raise InputError(f"attention with {unknown[0]} is not supported", type(module).__name__, "plain attention")
-    if attention_mask is not None:
+    softcap, looks_back = kwargs.get("softcap"), bool(getattr(module, "is_causal", False))
+    if attention_mask is not None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    causal = looks_back if is_causal is None else bool(is_causal)
+    if looks_back and not causal and sliding_window is not None: sliding_window += 1  # transformers' window of a decoder that looks both ways
     groups = query.shape[1]//key.shape[1]  # grouped-query attention: several heads share a key
     if groups > 1: key, value = (o.repeat_interleave(groups, dim=1) for o in (key, value))
-    options = dict(dropout=dropout, scale=scaling, causal=causal, window=sliding_window)
+    options = dict(dropout=dropout, scale=scaling, causal=causal, window=sliding_window, softcap=softcap)
+    if attention_mask is not None: return attend(query, key, value, **options, mask=attention_mask).transpose(1, 2).contiguous(), None
     if cu_seq_lens_q is None: return attend(query, key, value, **options).transpose(1, 2).contiguous(), None
     if query.is_cuda and torch.is_autocast_enabled("cuda"): query, key, value = (o.to(torch.get_autocast_dtype("cuda")) for o in (query, key, value))  # rotated queries come in float32
-    way = attention_kernel(query.device, query.dtype, causal, sliding_window, query.shape[-1])
+    way = attention_kernel(query.device, query.dtype, causal, sliding_window, query.shape[-1], softcap)
     return KERNELS[way](query, key, value, cu_seq_lens_q, kwargs.get("max_length_q"), options), None
 
 
@@ -284,9 +295,10 @@ def attention_kernel(
     causal=False, # may a token look only back?
     window=None, # how far a token looks
     size=64, # numbers in a head
+    softcap=None, # of its scores
 ) -> str: # "varlen", "jagged" or "runs"
     "How a pack is attended to: by the variable-length kernel, as a nested tensor, or run by run."
-    if device.type != "cuda": return "runs"
+    if device.type != "cuda" or softcap is not None: return "runs"
     half = dtype in (torch.float16, torch.bfloat16)
     if half and find_spec("torch.nn.attention.varlen") and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0): return "varlen"
     return "runs" if causal or window is not None else "jagged"

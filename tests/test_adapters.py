@@ -53,7 +53,7 @@ def trainer_for(model, folder, groups=None, callbacks=(), loss=None, **more):
     return Trainer(model, TrainingArguments(str(folder), **{**options, **more}), groups, loss=loss or InfoNCE(0.05), callbacks=list(callbacks), **dev)
 
 
-@pytest.mark.parametrize("kind, rate, epochs", [("bert", 1e-2, 20), ("qwen3", 5e-3, 10)])
+@pytest.mark.parametrize("kind, rate, epochs", [("bert", 1e-2, 20), ("qwen3", 5e-3, 10), ("gemma2", 5e-3, 12)])
 def test_learns(tmp_path, kind, rate, epochs):
     "From chance to above 0.9 on queries it has not seen; the base is as it was, and merged it is as good."
     groups = toy_groups(180, negatives=1)
@@ -71,7 +71,7 @@ def test_learns(tmp_path, kind, rate, epochs):
     assert measured(plain) > 0.9
 
 
-@pytest.mark.parametrize("kind", ["bert", "electra", "distilbert", "roberta", "mpnet", "deberta-v2", "modernbert", "qwen3", "qwen2"])
+@pytest.mark.parametrize("kind", ["bert", "electra", "distilbert", "roberta", "mpnet", "deberta-v2", "modernbert", "qwen3", "qwen2", "gemma2", "mistral", "llama"])
 def test_every_architecture(tmp_path, kind):
     "LoRA on all its layers: packed is padded, merged is unmerged, and back from disk it is the same."
     model = moved(add_lora(tiny_model(kind), rank=3))
@@ -258,8 +258,13 @@ def test_merged_after_gradient_checkpointing(tmp_path):
     assert np.abs(vectors(plain) - before).max() > 1e-3
 
 
+def asking():
+    "A model with a head, LoRA, and a special token before each query."
+    return add_lora(add_head(tiny_model("qwen3", prompts={"query": "<query>"}), 16), rank=4, dropout=0.0, tokens=["<query>"])
+
+
 def ddp_run(folder, name, batch_size):
-    model = add_lora(add_head(tiny_model("qwen3"), 16), rank=4, dropout=0.0)
+    model = asking()
     trainer = trainer_for(model, f"{folder}/{name}", per_device_train_batch_size=batch_size, num_train_epochs=1, tokens_per_forward=60, gradient_checkpointing=True)
     trainer.train()
     return trained(model)
@@ -273,7 +278,7 @@ def test_two_processes(tmp_path, monkeypatch):
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = ddp_run(tmp_path, "alone", 8)
     assert torch.equal(one, two) and (one - alone).abs().max() < 1e-4
-    assert (alone - trained(add_lora(add_head(tiny_model("qwen3"), 16), rank=4))).abs().max() > 1e-2
+    assert (alone - trained(asking())).abs().max() > 1e-2
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_padding_on_the_left():
     assert max(np.abs(o - found["theirs"]).max() for o in found.values()) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}, {"window": 3, "causal": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}, {"window": 3, "causal": True}, {"softcap": 1.0, "causal": True}], ids=str)
 def test_attention_dropout_keeps_the_mean(options):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 6, 4) for _ in range(3))

@@ -230,6 +230,24 @@ def test_heads_run_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "mix").exists()
 
 
+def test_adapters_of_one_base(tmp_path):
+    "Folders of adapters alone: the base and each one's share of its difference, rows of special tokens included; the factors are not mixed."
+    nt.tiny_model("gemma2").save_pretrained(str(tmp_path / "base"))
+    def learned(seed):
+        model, rng = add_lora(nt.load_encoder(tmp_path / "base"), rank=2, tokens=["<query>"], seed=seed), torch.Generator().manual_seed(seed)
+        for o in model.parameters():
+            if o.requires_grad: o.data += 0.2*torch.randn(o.shape, generator=rng)
+        return model
+    models = [learned(seed) for seed in (1, 2)]
+    folders = [save_adapter(o, tmp_path / f"adapter{i}") for i, o in enumerate(models)]
+    base, one, two = (dict(o.named_parameters()) for o in (nt.load_encoder(tmp_path / "base"), *(nt.merge_adapter(o) for o in models)))
+    for mixed in (nt.mix_models(folders, [0.3, 0.7]), nt.mix_models(folders, [0.3, 0.7], tmp_path / "mix")):
+        for name, o in mixed.named_parameters():
+            n = len(base[name])  # rows of the base; the new one has no difference from it
+            assert torch.allclose(o[:n], base[name] + 0.3*(one[name][:n] - base[name]) + 0.7*(two[name][:n] - base[name]), atol=1e-5), name
+            assert torch.allclose(o, 0.3*one[name] + 0.7*two[name], atol=1e-5), name
+
+
 def test_adapters_are_merged_first(tmp_path):
     "A loaded model with an adapter, and a folder of one: both as if they had been merged by hand."
     base = tiny_model()

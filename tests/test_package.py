@@ -121,4 +121,5 @@ def test_installs_from_home():
     told = {str(p.relative_to(ROOT)): re.findall(r"pip3? install (?:-\S+ )*['\"]?nixietune.*", p.read_text(encoding="utf-8")) for p in files}
     assert {"README.md", "nbs/index.ipynb", "nbs/tutorials/01_quickstart.ipynb", "nixietune/core.py"} <= {name for name, lines in told.items() if lines}
     assert [(name, line) for name, lines in told.items() for line in lines if " @ git" not in line] == []
-    for name in ("README.md", "nbs/tutorials/01_quickstart.ipynb"): assert all(f" @ git+{HOME}'" in line for line in told[name])
+    assert {str(p.relative_to(ROOT)) for p in ROOT.glob("nbs/tutorials/*.ipynb")} <= {name for name, lines in told.items() if lines}
+    for name in ("README.md", *(o for o in told if "tutorials" in o)): assert all(f" @ git+{HOME}'" in line for line in told[name])
