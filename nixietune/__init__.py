@@ -51,6 +51,7 @@ _NAMES = {
         "launching": "launch",
         "runs": "write_evaluation read_evaluation read_result",
         "reporting": "report write_run",
+        "widgets": "side_by_side search_box refused_at margin_slider mix_at merge_slider plot_both_maps plot_both_scores",
     }.items()
     for name in names.split()
 }

@@ -7,7 +7,7 @@ __all__ = ['RRF', 'FUSE', 'CHUNK', 'AGAINST', 'SAMPLING', 'EXISTING', 'DECISIONS
            'bm25_miner', 'random_miner', 'miners_of', 'candidates', 'nth', 'by_identity', 'read_range', 'by_score',
            'check_limits', 'judge_by', 'judged', 'choose', 'MiningReport', 'report_of', 'in_words', 'with_negatives',
            'without_negatives', 'filled', 'check_choices', 'mine_negatives', 'mine', 'remarks', 'FalseNegatives',
-           'find_false_negatives', 'with_given', 'suspects', 'relabel', 'decide']
+           'find_false_negatives', 'with_given', 'suspects', 'relabel', 'case_html', 'decide']
 
 # %% ../nbs/43_mining.ipynb #0e3fbea7
 from collections import Counter
@@ -665,27 +665,43 @@ def relabel(
     return table
 
 # %% ../nbs/43_mining.ipynb #b1f8a459
+def case_html(
+    frame:"pandas.DataFrame", # of `FalseNegatives`
+    at:int, # row; behind the last: what was decided
+) -> str: # HTML
+    "One document that may be an answer, beside a known one."
+    from html import escape
+    done = frame["decision"][frame["decision"] != ""].value_counts()
+    head = f"{done.sum():,} of {len(frame):,} decided" + "".join(f" · {DECISIONS[k]}: {done[k]:,}" for k in DECISIONS if k in done)
+    if at >= len(frame): return f'<p style="margin:.3em 0;line-height:1.5">{head}</p>'
+    o = frame.iloc[at]
+    lines = [("Query", o["query"], ""), ("Known answer", o["answer"], f"score {o['positive']:.3f}"), ("This document", o["doc"], f"score {o['score']:.3f} · {o['why']}"),
+             ("Decision", DECISIONS.get(o["decision"], "none yet"), "it stands among the negatives" if o["given"] else "")]
+    cell = 'style="padding:.35em .8em .35em 0;vertical-align:top;text-align:left'
+    rows = "".join(f'<tr style="background:none"><td {cell};white-space:nowrap;opacity:.7">{name}</td><td {cell}">{escape(str(text))}'
+                   f'<span style="opacity:.7">{" &nbsp;" + escape(more) if more else ""}</span></td></tr>' for name, text, more in lines)
+    return f'<div style="line-height:1.5;max-width:52em"><b>{at + 1:,} of {len(frame):,}</b> <span style="opacity:.7">({head})</span><table style="border-collapse:collapse">{rows}</table></div>'
+
+# %% ../nbs/43_mining.ipynb #1a0c445d
 def decide(
     frame:"pandas.DataFrame", # of `FalseNegatives`; its column `decision` is filled
 ): # an ipywidgets box
     "Buttons to decide with, one document after the other."
     import ipywidgets as w
-    from html import escape
-    show, back, at = w.HTML(), w.Button(description="Back"), [0]
+    show, at = w.HTML(), [0]
     buttons = {name: w.Button(description=label) for name, label in DECISIONS.items()}
+    back, skip = w.Button(description="Back", icon="arrow-left"), w.Button(description="Skip", icon="arrow-right")
     def refresh():
-        decided = int((frame["decision"] != "").sum())
-        lines = [f"{decided:,} of {len(frame):,} decided"]
-        if at[0] < len(frame):
-            o = frame.iloc[at[0]]
-            lines += [f"<b>{name}</b>: {escape(str(o[column]))}" for name, column in (("Query", "query"), ("Known answer", "answer"), ("Document", "doc"), ("Decision", "decision"))]
-        show.value = "<br>".join(lines)
-        for button in buttons.values(): button.disabled = at[0] >= len(frame)
+        show.value = case_html(frame, at[0])
+        over = at[0] >= len(frame)
+        for name, button in buttons.items():
+            button.disabled, button.button_style = over, "" if over or frame["decision"].iloc[at[0]] != name else "info"
+        skip.disabled, back.disabled = over, at[0] == 0
     def move(step, decision=None):
         if decision: frame.iloc[at[0], frame.columns.get_loc("decision")] = decision
         at[0] = min(max(at[0] + step, 0), len(frame))
         refresh()
     for name, button in buttons.items(): button.on_click(lambda _, name=name: move(1, name))
-    back.on_click(lambda _: move(-1))
+    for button, step in ((back, -1), (skip, 1)): button.on_click(lambda _, step=step: move(step))
     refresh()
-    return w.VBox([show, w.HBox([*buttons.values(), back])])
+    return w.VBox([show, w.HBox([*buttons.values(), back, skip], layout={"flex_flow": "row wrap"})])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'new_axes', 'png_bytes', 'save_plot', 'plot_loss', 'plot_metrics', 'plot_changes',
-           'plot_lengths', 'plot_padding', 'share_above', 'plot_scores']
+           'plot_lengths', 'plot_padding', 'share_above', 'plot_scores', 'principal_plane', 'turned_like', 'plot_map',
+           'plot_maps']
 
 # %% ../nbs/02_plots.ipynb #2f2d10f3
 from functools import partial
@@ -242,4 +243,68 @@ def plot_scores(
     ax = new_axes(ax, xlabel=xlabel, ylabel="share", title=f"a positive is above a negative in {above:.1%} of pairs")
     edges = np.histogram_bin_edges(np.concatenate([*scores.values()]), 40)
     _bars(ax, scores, edges, [f"{k} ({len(v):,})" for k, v in scores.items()])
+    return ax
+
+# %% ../nbs/02_plots.ipynb #6de39378
+def principal_plane(
+    vectors, # float [n, d]
+) -> tuple: # float [n, 2], and the share of the variance that it shows
+    "The first two principal components of vectors (Pearson 1901)."
+    import numpy as np
+    x = np.asarray(vectors, dtype=float)
+    if x.ndim != 2 or len(x) < 3 or x.shape[1] < 2: raise InputError(f"shape {x.shape}", "principal_plane", "at least 3 vectors of at least 2 dimensions")
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    return u[:, :2]*s[:2], float((s[:2]**2).sum()/max((s**2).sum(), 1e-30))
+
+
+def turned_like(
+    points, # float [n, 2]
+    others, # float [n, 2] of the same things
+) -> "numpy.ndarray": # float [n, 2]
+    "Points turned and mirrored, so that they lie as near to others as they can (orthogonal Procrustes, Schoenemann 1966)."
+    import numpy as np
+    u, _, v = np.linalg.svd(np.asarray(points).T @ np.asarray(others))
+    return points @ (u @ v)
+
+# %% ../nbs/02_plots.ipynb #29f3321d
+def plot_map(
+    points, # float [n, 2]: queries and documents in a plane
+    is_query, # bool [n]
+    answers, # pairs of rows of `points`: a query, and a document that answers it
+    title:str="", # above
+    ax=None, # axes to draw on; None: new ones
+) -> "matplotlib.axes.Axes":
+    "Queries and documents in a plane, each query joined to its answers."
+    import numpy as np
+    from matplotlib.collections import LineCollection
+    points, is_query, pairs = np.asarray(points, dtype=float), np.asarray(is_query, dtype=bool), np.asarray(answers, dtype=int).reshape(-1, 2)
+    answer = np.isin(np.arange(len(points)), pairs[:, 1])
+    ax = new_axes(ax, size=(5.2, 4.6), title=title)
+    ax.add_collection(LineCollection(points[pairs], colors=BLUE, linewidths=0.8, alpha=0.55))
+    for some, color, size, marker, name in ((~is_query & ~answer, GREY, 8, "o", "other documents"), (answer, BLUE, 20, "o", "answers"), (is_query, ORANGE, 26, "^", "queries")):
+        ax.scatter(*points[some].T, s=size, color=color, marker=marker, linewidths=0, alpha=0.45 if color == GREY else 0.9, label=name)
+    ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    ax.spines[["left", "bottom"]].set_visible(False)
+    _legend(ax, ["queries", "answers", "other documents"])
+    return ax
+
+
+def plot_maps(
+    before:tuple, # vectors of queries float [q, d] and of documents float [n, d]
+    after:tuple, # the same of the other model
+    answers, # pairs: row of a query, row of a document that answers it
+    names=("before", "after"), # what the two are called
+) -> "matplotlib.axes.Axes": # the right ones; the picture has both
+    "Two maps of the same queries and documents beside each other."
+    import numpy as np
+    from matplotlib.figure import Figure
+    figure = Figure((9.4, 4.4), layout="constrained", facecolor="none")
+    queries, first = len(before[0]), None
+    pairs = np.asarray(answers, dtype=int).reshape(-1, 2) + [0, queries]
+    for ax, vectors, name in zip(figure.subplots(1, 2, subplot_kw={"facecolor": "none"}), (before, after), names):
+        points, share = principal_plane(np.concatenate(vectors))
+        if first is not None: points = turned_like(points, first)
+        first = points if first is None else first
+        plot_map(points, np.arange(len(points)) < queries, pairs, f"{name}: {share:.0%} of the variance", ax)
+    ax._repr_png_ = partial(png_bytes, ax, dpi=100)
     return ax
