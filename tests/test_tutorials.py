@@ -14,6 +14,8 @@ SMALL = {
     "03_hard_negatives": "queries, number, steps, seeds = 150, 3, 3, 2",
     "05_distil": "queries, known, steps, seeds, lessons = 60, 20, 5, 1, 16",
     "07_survive_a_disconnect": "steps, every, dies_at = 9, 3, 5",
+    "08_two_gpus_and_beyond": "queries, epochs, batch = 150, 1, 32",
+    "09_use_it": "steps, queries = 1, 40",
 }
 
 
