@@ -47,7 +47,9 @@ _NAMES = {
         "curves": "learning_curve",
         "merging": "mix_models mix_models_with_data mix_models_by_layers merge_sweep",
         "m3": "M3 load_m3 save_m3 encode_m3 m3_scores evaluate_m3 m3_scorer m3_evaluator",
+        "icl": "set_examples examples_of examples_from evaluate_icl InContext",
         "launching": "launch",
+        "runs": "write_evaluation read_evaluation read_result",
         "reporting": "report write_run",
     }.items()
     for name in names.split()

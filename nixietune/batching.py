@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from .core import cache_folder, fingerprint, InputError
 from .display import say
-from .encoder import budget_of, layout_of, make_features, plan_forwards, prompt_of, query_prompts, text_forwards, tokens_in
+from .encoder import budget_of, has_template, layout_of, make_features, plan_forwards, prompt_of, query_prompts, text_forwards, tokens_in
 from .relation import OWN, POS, SKIP
 from .tokens import Arrays, save_arrays, tokenize
 
@@ -90,6 +90,7 @@ class Index(NamedTuple):
     documents: list # of texts; a text that is read behind two prompts is two documents
     names: list = () # of data sets; `arrays.dataset` says which one a group is from
     prompts: list = () # what goes before each document, where that differs
+    roles: list = () # the role that each document is read in, where that differs
 
 
 def index_groups(
@@ -110,14 +111,16 @@ def index_groups(
     query_text = texts.of(groups["query"][:])
     tasks, usual = tasks_of(groups), prompt_of(model, "document") if model else ""
     asked = list(queries)
-    before = [asked[q][0] if same else of_document.get(name, usual) for q, same, name in zip(query, tasks["symmetric"], groups["dataset"][:])]
+    like = "query" if model and has_template(model) else "document"  # how a model that has a template for each role reads symmetric documents
+    before = [(asked[q][0], like) if same else (of_document.get(name, usual), "document") for q, same, name in zip(query, tasks["symmetric"], groups["dataset"][:])]
     ptr, doc, kind, score, teacher = _edges(groups, documents, before)
     known_ptr, known_doc = _known(texts, documents, [groups, *known])
     arrays = dict(ptr=ptr, doc=doc, kind=kind, score=score, teacher=teacher, query=query, query_text=query_text,
                   known_ptr=known_ptr, known_doc=known_doc, dataset=dataset, alone=tasks["alone"], one_negative=tasks["one_negative"])
     folder = Path(folder) if folder else cache_folder("indexes")/fingerprint(arrays)
-    prompts, documents = ([pair[i] for pair in documents] for i in (0, 1))
-    return Index(Arrays(folder) if folder.exists() else save_arrays(folder, **arrays), list(queries), documents, list(names), prompts if {*prompts} - {usual} else ())
+    prompts, roles, documents = [o for (o, _), _ in documents], [o for (_, o), _ in documents], [o for _, o in documents]
+    arrays = Arrays(folder) if folder.exists() else save_arrays(folder, **arrays)
+    return Index(arrays, list(queries), documents, list(names), prompts if {*prompts} - {usual} else (), roles if "query" in roles else ())
 
 # %% ../nbs/60_batching.ipynb #fd515938
 def prompts_by_role(
@@ -323,10 +326,12 @@ def _places(source, key, docs, labels):
     return {i: source.first[i] + order for i, order in orders.items() if order is not None}
 
 
-def _from_tokens(source, q, d, labels, places):
+def _from_tokens(source, key, q, d, labels, places):
     "Forwards of queries `q` and documents `d` from stored tokens, as (positions, features)."
     queries, documents = source.stores["query"], source.stores["document"]
-    rows = [queries[i] for i in q] + [documents[i] if (at := places.get(i)) is None else source.stores["reordered"][at] for i in d]
+    asked = [queries[i] for i in q]
+    if source.extend: asked, labels["counted"] = source.extend(source, key, asked)
+    rows = asked + [documents[i] if (at := places.get(i)) is None else source.stores["reordered"][at] for i in d]
     lengths, n = np.array([len(row) for row in rows]), len(q)
     prompts = np.concatenate([queries.prompt_lengths[q], documents.prompt_lengths[d]])
     labels["real"], labels["padded"] = int(lengths.sum()), int(n*lengths[:n].max() + (len(lengths) - n)*lengths[n:].max(initial=0))
@@ -334,7 +339,7 @@ def _from_tokens(source, q, d, labels, places):
     return [(here, make_features(source.layout, [rows[i] for i in here], prompts[here[0]], source.multiple)) for here in plan]
 
 
-def _from_text(source, q, d, labels, places):
+def _from_text(source, key, q, d, labels, places):
     "Forwards through the model's own `preprocess`, queries and documents apart."
     made = []
     for role, numbers in (("query", q), ("document", d)):
@@ -344,13 +349,26 @@ def _from_text(source, q, d, labels, places):
     return made
 
 # %% ../nbs/60_batching.ipynb #9e357071
-def _reorder(source, model, documents, before):
+def _reorder(source, model, documents, before, roles):
     "Tokenise the orders of all long positives."
     if source.layout.name == "text": raise InputError(f"shuffle_ratio={source.shuffle_ratio}", type(model[0]).__name__, "0 for this model, which is fed with texts")
     long = [int(i) for i in np.unique(source.arrays.doc[source.arrays.kind == POS]) if len(documents[i]) > 100]
     source.first = {doc: 6*n for n, doc in enumerate(long)}
     texts, prompts = [text for i in long for text in reordered(documents[i])], [before[i] for i in long for _ in range(6)]
-    source.stores["reordered"] = tokenize(model, texts, "document", prompts)
+    source.stores["reordered"] = tokenize(model, texts, "document", prompts, tasks=[roles[i] for i in long for _ in range(6)] if roles else None)
+
+
+def _take_texts(source, model, index):
+    "Tokenise all texts once, or keep them where the model is fed with texts."
+    prompts, queries = zip(*index.queries)
+    before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
+    if source.layout.name == "text":
+        say(f"texts are tokenised anew for every batch: {source.layout.reason}")
+        source.model, source.texts = model, {"query": index.queries, "document": list(zip(before, index.documents))}
+    else:
+        one = lambda o: o[0] if len(set(o)) == 1 else list(o)
+        source.stores = {"query": tokenize(model, queries, "query", one(prompts)), "document": tokenize(model, index.documents, "document", one(before) if before else None, tasks=index.roles or None)}
+    if source.shuffle_ratio: _reorder(source, model, index.documents, before, index.roles)
 
 # %% ../nbs/60_batching.ipynb #74222edf
 class Source(torch.utils.data.Dataset):
@@ -364,19 +382,13 @@ class Source(torch.utils.data.Dataset):
         shuffle_ratio=0.0, # chance that a long positive is read in another order
         vectors=None, # name -> `Beside`: vectors of teachers or of a guide that go with the labels
         multiple=1, # of which padded lengths are
+        extend=None, # (source, key, token ids of the queries) -> (token ids, what was counted): for queries that are read with more than themselves
     ):
-        self.shuffle_ratio, self.first, self.vectors, self.names, self.multiple = shuffle_ratio, {}, vectors or {}, list(index.names), multiple
+        self.shuffle_ratio, self.first, self.vectors, self.names, self.multiple, self.extend = shuffle_ratio, {}, vectors or {}, list(index.names), multiple, extend
+        if extend and layout_of(model).name not in ("packed", "bucketed", "padded"): raise InputError(f"texts are fed as {layout_of(model).name}", "queries that are read with more than themselves", "a transformer")
         self.layout, self.arrays, self.budget, self.draws, self.stores = layout_of(model), index.arrays, budget, (positives, negatives), {}
         self.earlier, self.since = None, (0, 0)  # another source, which is read before this (epoch, step)
-        prompts, queries = zip(*index.queries)
-        before = list(index.prompts) or [prompt_of(model, "document")]*len(index.documents)
-        if self.layout.name == "text":
-            say(f"texts are tokenised anew for every batch: {self.layout.reason}")
-            self.model, self.texts = model, {"query": index.queries, "document": list(zip(before, index.documents))}
-        else:
-            one = lambda o: o[0] if len(set(o)) == 1 else list(o)
-            self.stores = {"query": tokenize(model, queries, "query", one(prompts)), "document": tokenize(model, index.documents, "document", one(before) if before else None)}
-        if shuffle_ratio: _reorder(self, model, index.documents, before)
+        _take_texts(self, model, index)
 
     def __len__(self): return len(self.arrays.query)
 
@@ -390,7 +402,7 @@ class Source(torch.utils.data.Dataset):
         "One batch: `packs` (features of each forward) and `label`."
         if self.of(key) is not self: return self.of(key)[key]
         labels, q, d = batch_labels(self.arrays, key, *self.draws)
-        forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, q, d, labels, _places(self, key, d, labels))
+        forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, key, q, d, labels, _places(self, key, d, labels))
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))
         labels["computed"] = sum(tokens_in(features) for _, features in forwards)
         if self.vectors: labels["vectors"] = {name: torch.from_numpy(beside(q, d)) for name, beside in self.vectors.items()}
@@ -403,10 +415,11 @@ def source_of(
     index, # an `Index`
     args, # `TrainingArguments`: tokens_per_forward, positives_per_query, train_group_size, shuffle_ratio
     vectors=None, # name -> `Beside`
+    extend=None, # as for `Source`
 ) -> Source:
     "The batches that a run's arguments ask for."
     negatives = None if args.train_group_size is None else args.train_group_size - 1
-    return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors, args.pad_to_multiple_of or 1)
+    return Source(model, index, args.tokens_per_forward or budget_of(model), args.positives_per_query, negatives, args.shuffle_ratio, vectors, args.pad_to_multiple_of or 1, extend)
 
 # %% ../nbs/60_batching.ipynb #3fb13567
 def datasets_in(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'PACKAGED', 'POOLING', 'why_not_packed', 'Layout', 'prepare', 'layout_of',
-           'prompt_of', 'instruction_format', 'each_prompt', 'query_prompts', 'plan_forwards', 'make_features',
-           'tokens_in', 'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'weights_divided',
+           'prompt_of', 'instruction_format', 'each_prompt', 'query_prompts', 'has_template', 'plan_forwards',
+           'make_features', 'tokens_in', 'budget_of', 'evaluating', 'model_on', 'twins_of', 'encode', 'weights_divided',
            'encode_together', 'to_device', 'text_forwards', 'autocast', 'check_layout', 'local_path',
            'check_model_path', 'load_encoder', 'set_prompts', 'set_max_length', 'set_pooling', 'set_dropout']
 
@@ -151,6 +151,13 @@ def query_prompts(
         if prompt is not None: return prompt
         return default if instruction is None else before.replace("{instruction}", instruction)
     return [one(*pair) for pair in given]
+
+# %% ../nbs/21_encoder.ipynb #a00636bb
+def has_template(
+    model, # a SentenceTransformer
+) -> bool:
+    "Does a template make what is read of a text, with its role?"
+    return "message" in (getattr(model[0], "modality_config", None) or ())
 
 # %% ../nbs/21_encoder.ipynb #d2e8b8b8
 def _one_batch(lengths, budget):

@@ -102,18 +102,18 @@ def finetune(
     resume=False, # go on where an interrupted run in `output_dir` stopped?
     callbacks=None, # transformers callbacks
     evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
+    examples=None, # `InContext`: queries are read with examples from their batch while training
     **args
 ) -> Result:
     "Measure, train, measure again, compare. `args` are any of `TrainingArguments`: num_train_epochs, learning_rate, ..."
-    _check_seeds(seeds)
-    set_seed(seed)
+    _check_seeds(seeds); set_seed(seed)
     train, dev, test = three_sets(groups, dev, test, split, seed, split_by)
     corpus = _own_corpus(train, dev, test) if corpus is None else corpus
     relevance(test, corpus, missing)  # what is wrong with them is said now, before anything is made
     model, seconds = ready(model, max_length, dropout, args.get("forward", "auto")), {}
     def measure(model): return evaluate(model, test, corpus, missing=missing, together=True)
     def trainer_for(seed, folder, model, loss, callbacks):
-        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator)
+        return Trainer(model, TrainingArguments(str(folder), seed=seed, **args), train, dev=dev, corpus=corpus, loss=loss, callbacks=callbacks, missing=missing, teachers=teachers, guide=guide, evaluator=evaluator, examples=examples)
     fresh, trainer = deepcopy((model, loss, callbacks)) if seeds > 1 else None, trainer_for(seed, output_dir, model, loss, callbacks)  # together: a loss may hold the model
     with timed(seconds, "baseline"): before = measure(model)
     with timed(seconds, "training"): trainer.train(resume)

@@ -384,9 +384,10 @@ def write_groups(
     path:str|Path, # the file, .jsonl, .jsonl.gz or .jsonl.zst; a folder for "beir"
     dialect:str="nixietune", # a key of `DIALECTS`, "nixietune" (which holds everything), or "beir"
     split:str="test", # name of the judgments, for "beir"
+    lost:Counter=None, # filled: what the dialect has no place for -> number of groups
 ) -> Path:
     "Write groups in a dialect, whole or not at all; what the dialect cannot hold is counted and said."
-    path, lost = Path(path), Counter()
+    path, lost = Path(path), Counter() if lost is None else lost
     if list(getattr(groups, "column_names", ())) != list(GROUP): raise InputError(f"{kind_of(groups)} without the columns of groups", "write_groups", "groups, as `load_groups` and `make_groups` give them")
     if not len(groups): raise InputError("there are no groups to write", str(path), "at least one")
     if dialect == "beir":

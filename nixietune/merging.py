@@ -6,7 +6,8 @@
 __all__ = ['ALPHAS', 'checked_weights', 'mix_tensor', 'slerp', 'shared_names', 'Facts', 'facts_of_model', 'check_alike', 'loaded',
            'fill', 'mix_models', 'read_table', 'bytes_of', 'weight_files', 'TensorFiles', 'facts_of_folder',
            'family_prompts', 'mix_heads', 'mix_models_by_layers', 'cut_at', 'example_loss', 'weights_from_losses',
-           'mix_models_with_data', 'keeps_floor', 'best_share', 'MergeSweep', 'plot_sweep', 'merge_sweep']
+           'shares_on_examples', 'mix_models_with_data', 'keeps_floor', 'best_share', 'MergeSweep', 'plot_sweep',
+           'merge_sweep']
 
 # %% ../nbs/70_merging.ipynb #caff1887
 import json, shutil
@@ -534,6 +535,28 @@ def weights_from_losses(
     return torch.softmax(-torch.tensor(losses, dtype=torch.float64)/temperature, 0).tolist()
 
 # %% ../nbs/70_merging.ipynb #d3e2ad4a
+def shares_on_examples(
+    models, # names, folders or loaded SentenceTransformers
+    groups, # Dataset of groups: a few examples of the task
+    temperature=5.0, # small: the best model takes all; large: equal shares
+    max_input_length=None, # tokens a text is cut at
+    **options # of `example_loss`
+) -> Table: # model, loss, weight
+    "How well each model does on a few examples, and the share that it gets for that."
+    losses = [_loss_of(model, groups, max_input_length, i, **options) for i, model in enumerate(models)]
+    weights = weights_from_losses(losses, temperature)
+    return Table([{"model": name, "loss": loss, "weight": weight} for name, loss, weight in zip(_called(models), losses, weights)], formats={"loss": ".3f", "weight": ".3f"})
+
+
+def _loss_of(model, groups, most, i, **options):
+    "A model's loss; what there is to say of the examples is said with the first model only."
+    model = loaded(model)
+    def loss():
+        with cut_at(model, most): return example_loss(model, groups, **options)
+    if not i: return loss()
+    with quiet(): return loss()
+
+# %% ../nbs/70_merging.ipynb #b5ecf47b
 def mix_models_with_data(
     models=None, # names, folders or loaded SentenceTransformers, fine-tuned from one base
     groups=None, # a few examples of the task: a Dataset of groups, or rows with query, pos, neg
@@ -555,19 +578,9 @@ def mix_models_with_data(
     if (groups is None) == (example_data is None): raise InputError("no examples" if groups is None else "groups and example_data", where, "a few groups: queries with positives and negatives")
     groups = example_data if groups is None else groups
     if isinstance(groups, (list, tuple)): groups = make_groups(groups, source="example_data")
-    losses = [_loss_of(model, groups, max_input_length, i, batch_size=batch_size, neg_number=neg_number, seed=seed) for i, model in enumerate(models)]
-    weights = weights_from_losses(losses, temperature)
-    say(Table([{"model": name, "loss": loss, "weight": weight} for name, loss, weight in zip(_called(models), losses, weights)], formats={"loss": ".3f", "weight": ".3f"}))
-    return mix_models(models, weights, output_path, method=method)
-
-
-def _loss_of(model, groups, most, i, **options):
-    "A model's loss; what there is to say of the examples is said with the first model only."
-    model = loaded(model)
-    def loss():
-        with cut_at(model, most): return example_loss(model, groups, **options)
-    if not i: return loss()
-    with quiet(): return loss()
+    shares = shares_on_examples(models, groups, temperature, max_input_length, batch_size=batch_size, neg_number=neg_number, seed=seed)
+    say(shares)
+    return mix_models(models, [o["weight"] for o in shares.rows], output_path, method=method)
 
 # %% ../nbs/70_merging.ipynb #c1ca1992
 ALPHAS = tuple(i/10 for i in range(11))

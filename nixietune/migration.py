@@ -64,7 +64,6 @@ HF = {
 HF_DEFAULTS = {"learning_rate": 5e-5, "batch_size": 8, "epochs": 3.0, "arguments": {"warmup_steps": 0}}
 
 # %% ../nbs/89_seeds.ipynb #9639d15e
-_NOT_YET = "not built yet"
 FLAG_MODEL = {
     "model_name_or_path": Rule("model"),
     "config_name": _refused("a model brings its configuration"),
@@ -84,7 +83,6 @@ FLAG_MODEL = {
 }
 
 # %% ../nbs/89_seeds.ipynb #29eb340b
-_NO_EXAMPLES = f"in-context examples are {_NOT_YET}"
 FLAG_DATA = {
     "train_data": Rule("groups", "several files and folders; a folder is read in the order of names"),
     "cache_path": Rule("cache", "folder for groups and their tokens, which are computed once"),
@@ -110,7 +108,9 @@ FLAG_DATA = {
     "use_self_distill": Rule("self_distill"), "fix_encoder": Rule("freeze", "all weights but the heads'", lambda value, given: {"freeze": [r"^0\."]} if plain_value(value) else {}),
     "self_distill_start_step": Rule("self_distill_start", "two more: there the first step is 0, and the mix teaches after this one", lambda value, given: {"self_distill_start": max(1, int(value) + 2)}),
 } | {
-    name: _refused(_NO_EXAMPLES) for name in ("example_query_max_len", "example_passage_max_len", "retrieval_use_examples", "icl_suffix_str")}
+    "example_query_max_len": Rule("example_query_length", "examples have what a query leaves of query_max_len, there what is beyond 512 tokens"), "example_passage_max_len": Rule("example_document_length"),
+    "retrieval_use_examples": Rule("retrieval_examples"), "icl_suffix_str": Rule("suffix", "backslash-n is a new line, and what was trained with is saved with the model"),
+}
 
 # %% ../nbs/89_seeds.ipynb #ea734382
 def flag_settings(
@@ -128,7 +128,11 @@ def flag_settings(
         if truth(name, False) and not truth("unified_finetuning", False): raise InputError(f"{name} without unified_finetuning", "FlagEmbedding", "--unified_finetuning True")
     dims = whole_list(given.get("mrl_dims")) if truth("use_mrl", False) else None
     if dims == []: raise InputError("use_mrl without mrl_dims", "FlagEmbedding", "--mrl_dims 768 256 64")
-    return {"loss": taught[kind] if truth("knowledge_distillation", False) else [contrast]} | ({"dims": dims} if dims else {})
+    icl = {"examples": 5, "suffix": given.get("icl_suffix_str", "\nResponse:")} if _ICL & given.keys() else {}
+    return {"loss": taught[kind] if truth("knowledge_distillation", False) else [contrast]} | ({"dims": dims} if dims else {}) | icl
+
+
+_ICL = {"example_query_max_len", "example_passage_max_len", "retrieval_use_examples", "icl_suffix_str"} # of decoder_only.icl alone: one of them says which trainer it is
 
 
 def whole_list(
@@ -203,20 +207,21 @@ def nixie_settings(
     return {"loss": found if isinstance(found, list) else [found]} | ({"arguments": {"cache_gradients": True}} if target == "cmnrl" else {})
 
 # %% ../nbs/89_seeds.ipynb #544a1919
-_ICL, _SEARCH = ("decoder-only-icl", "decoder-only-pseudo_moe"), ("encoder-only-base", "encoder-only-m3", "decoder-only-base")
+_SEARCH = ("encoder-only-base", "encoder-only-m3", "decoder-only-base", "decoder-only-icl")
 HN_MINE = {
     "input_file": Rule("groups"), "output_file": Rule("output"), "candidate_pool": Rule("corpus", "searched alone; the documents of input_file without it"),
     "range_for_sampling": Rule("ranks"), "negative_number": Rule("number"),
     "use_gpu_for_searching": Rule("", "a GPU is used where there is one; the result is the same without", lambda value, given: {}),
     "search_batch_size": _refused("hn_mine.py never reads it; searching takes what fits into memory", "64", 64),
     "embedder_name_or_path": Rule("model"), "model_name_or_path": Rule("model", "the old spelling"),
-    "embedder_model_class": Rule("", f"the model says what it is; in-context examples are {_NOT_YET}", lambda value, given: {}, _SEARCH),
+    "embedder_model_class": Rule("", "the model says what it is; decoder-only-icl: queries end in the model's suffix, or in <response>", lambda value, given: {"suffix": "auto"} if value == "decoder-only-icl" else {}, _SEARCH),
     "normalize_embeddings": Rule("normalize"), "pooling_method": Rule("pooling", "the model's own without it, where hn_mine.py takes cls whatever the model", lambda value, given: {"pooling": {"last_token": "lasttoken"}.get(value, value)}),
     "use_fp16": _refused("vectors are computed in full precision", False, "False"),
     "devices": Rule("devices"), "cache_dir": Rule("cache_dir"), "trust_remote_code": Rule("trust_remote_code"),
     "query_instruction_for_retrieval": Rule("query_prompt", "none without it; rows with a prompt of their own keep it", _prompt("query_prompt", "query_instruction_format_for_retrieval")),
     "query_instruction_format_for_retrieval": Rule("instruction_format", "", lambda value, given: {"instruction_format": joined_format(value, "query_instruction_format_for_retrieval")}),
-    "examples_for_task": _refused(_NO_EXAMPLES), "examples_instruction_format": _refused(_NO_EXAMPLES),
+    "examples_for_task": Rule("task_examples", "a JSON file, or the list itself; hn_mine.py hands on a text, and fails"),
+    "examples_instruction_format": Rule("task_examples_format", "<instruct>{}\\n<query>{}\\n<response>{} without it"),
     "embedder_query_max_length": Rule("query_length", "the model's own without it"), "embedder_passage_max_length": Rule("document_length", "the model's own without it"),
 } | {name: _refused("texts go through in packs of so many tokens as the device is fast with, not of so many texts") for name in ("batch_size", "embedder_batch_size")}
 
@@ -224,9 +229,10 @@ HN_MINE = {
 def mine_settings(
     given, # hn_mine.py's arguments
 ) -> dict: # settings
-    "Both lengths, where one is said: the other is 512 there."
+    "Both lengths, where one is said: the other is 512 there; and how examples are written."
     one = [o for o in ("embedder_query_max_length", "embedder_passage_max_length") if o in given]
-    return {"max_length": 512} if len(one) == 1 else {}
+    icl = {"suffix": "auto"} | ({} if given.get("examples_instruction_format") else {"task_examples_format": "<instruct>{}\n<query>{}\n<response>{}"}) if given.get("examples_for_task") else {}
+    return ({"max_length": 512} if len(one) == 1 else {}) | icl
 
 # %% ../nbs/89_seeds.ipynb #8f95de6c
 _LAYERS = "layerwise and lightweight rerankers are models that plain transformers cannot load"

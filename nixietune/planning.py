@@ -18,6 +18,7 @@ from .core import runtime
 from .display import Table
 from .encoder import autocast, layout_of, prepare, to_device, tokens_in
 from .steps import DENSE
+from .tokens import length_limit
 
 # %% ../nbs/61_plan.ipynb #f2775113
 def kept_bytes(
@@ -121,11 +122,13 @@ def plan(
     groups, # Dataset of groups to train on
     args, # `TrainingArguments`
     timed=True, # measure how long it takes, too?
+    examples=None, # `InContext`, as for the trainer
 ) -> Plan:
     "What a run will do on this machine."
-    return plan_for(model, source_of(model, index_groups(groups, model=model, prompts=getattr(args, "prompts", None)), args), args, timed)
+    index = index_groups(groups, model=model, prompts=getattr(args, "prompts", None))
+    return plan_for(model, source_of(model, index, args, extend=examples and examples(model, index, groups)), args, timed)
 
-
+# %% ../nbs/61_plan.ipynb #96a7e732
 def plan_for(
     model, # a SentenceTransformer
     source, # the `Source` of its batches
@@ -143,6 +146,7 @@ def plan_for(
     memory = {"free": free or free_memory(device), "fixed": 16*sum(o.numel() for o in model.parameters() if o.requires_grad), "token": kept_bytes(model, features, precision)//max(1, tokens_in(features))}
     memory["batch"] = memory["token"]*max(sizes)
     longest = max((int(o.lengths.max(initial=0)) for o in source.stores.values()), default=model.max_seq_length or 0)
+    if source.extend: longest = max(longest, length_limit(model, "query"))  # what is read with a query may fill it
     tokens, cached, checkpointing = decide(memory["free"], memory["fixed"], memory["token"], max(sizes), longest, source.budget)
     given = {"tokens_per_forward": args.tokens_per_forward, "cache_gradients": args.cache_gradients or None, "gradient_checkpointing": args.gradient_checkpointing or None}
     chosen = {"tokens_per_forward": tokens, "cache_gradients": cached, "gradient_checkpointing": checkpointing}

@@ -27,7 +27,8 @@ def exchange(
     "Train on these groups."
     if len(groups) != len(trainer.source): raise InputError(f"{len(groups):,} groups for {len(trainer.source):,}", "exchange", "the same groups with other negatives")
     index = index_groups(groups, known, trainer.model, prompts=trainer.args.prompts)
-    new, old = source_of(trainer.model, index, trainer.args), trainer.source
+    examples = trainer.examples and trainer.examples(trainer.model, index, groups)
+    new, old = source_of(trainer.model, index, trainer.args, extend=examples), trainer.source
     new.budget, new.layout = old.budget, old.layout
     if since:
         new.since, new.earlier = since, copy(old)

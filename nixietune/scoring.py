@@ -26,7 +26,7 @@ from .auditing import items_of, sides_of
 from .core import check_range, fingerprint, InputError, need, runtime, spread
 from .display import hushed, Progress, say, Table
 from .embeddings import weights_key
-from .encoder import BUDGET, check_model_path, DTYPES, encode, load_encoder, local_path, twins_of
+from .encoder import BUDGET, check_model_path, DTYPES, encode, has_template, load_encoder, local_path, twins_of
 from .tables import content_id
 from .teachers import name_of, open_vectors, Vectors
 from .texts import numbered
@@ -72,7 +72,7 @@ def bi_encoder(
     alike = torch.nn.functional.cosine_similarity if isinstance(model, Vectors) else model.similarity_pairwise
     def score(pairs): return alike(*(vectors(side, role) for side, role in zip(map(list, zip(*pairs)), ("query", "document"))))
     if isinstance(model, Vectors): return Scorer(score, model.model or "vectors", lambda: ["vectors", content_id(model.path)])
-    return Scorer(score, name_of(model), lambda: [weights_key(model), json.dumps(model.prompts, sort_keys=True), str(model.similarity_fn_name), str(model.max_seq_length)])
+    return Scorer(score, name_of(model), lambda: [weights_key(model), json.dumps(model.prompts, sort_keys=True), str(model.similarity_fn_name), str(model.max_seq_length)] + ([str(model[0].processing_kwargs)] if has_template(model) else []))
 
 # %% ../nbs/42_scoring.ipynb #e428f119
 def cut_texts(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 from .core import InputError
 from .files import arrow_rows, bare_name, find_files, kind_of_file, READERS, rows_in
-from .judgments import choose_split, CORPUS_KINDS, find_collection, text_rows
+from .judgments import choose_split, Collection, CORPUS_KINDS, find_collection, text_rows
 from .tables import content_id
 from .values import counted
 
@@ -42,14 +42,14 @@ def file_source(
 
 
 def collection_source(
-    folder:Path, # a folder with a corpus, queries and judgments
+    given, # a folder with a corpus, queries and judgments, or a `Collection` of such files
     split:str|None, # which judgments
 ) -> Source:
     "A test collection as a source."
-    found = find_collection(folder)
-    queries, qrels = choose_split(found, split, str(folder))
+    found = given if isinstance(given, Collection) else find_collection(given)
+    queries, qrels = choose_split(found, split, str(found.corpus if given is found else given))
     files = (queries, qrels, found.corpus)
-    return Source(str(qrels), folder.resolve().name, [content_id(o) for o in files], lambda: iter(()), judged=files)
+    return Source(str(qrels), bare_name(qrels) if given is found else given.resolve().name, [content_id(o) for o in files], lambda: iter(()), judged=files)
 
 
 def table_source(
@@ -123,12 +123,13 @@ def no_splits(
 
 # %% ../nbs/09_sources.ipynb #1e17c0a5
 def find_sources(
-    source, # a path, a pattern, a table, a Hub name, or a list of these
+    source, # a path, a pattern, a table, a Hub name, a `Collection` of files, or a list of these
     split:str|None=None, # of a test collection or a Hub data set
 ) -> tuple: # (sources, notes)
     "The sources behind what a user names; a file has no splits."
     if isinstance(source, (list, tuple)) and source: return joined(find_sources(o, split) for o in source)
     if type(source).__name__ in ("Dataset", "DataFrame"): return [table_source(source)], []
+    if isinstance(source, Collection): return [collection_source(source, read_split(split)[0])], []
     if isinstance(source, (str, Path)):
         path = Path(source)
         if len(str(source)) > 2_000: raise InputError(f"a path of {len(str(source)):,} characters", expected="the name of a file or a folder")

@@ -78,7 +78,8 @@ def tokenizer_key(
     config = model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else {}
     config = {k: v for k, v in config.items() if not k.endswith("_length")}  # lengths are a part of their own
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return fingerprint(type(tokenizer).__name__, json.dumps(rules, sort_keys=True), special, json.dumps(config, sort_keys=True, default=str))
+    template = getattr(tokenizer, "chat_template", None)  # it decides where a model reads texts as messages
+    return fingerprint(type(tokenizer).__name__, json.dumps(rules, sort_keys=True), special, json.dumps(config, sort_keys=True, default=str), template)
 
 
 def length_limit(
@@ -90,9 +91,9 @@ def length_limit(
     return max_length or getattr(model[0], f"{role}_length", None) or model.max_seq_length or float("inf")
 
 
-def _key_parts(model, texts, role, prompts, max_length):
+def _key_parts(model, texts, role, prompts, max_length, tasks):
     "What a token store depends on, part by part, so that a change can be named."
-    return {"role": role, "tokenizer": tokenizer_key(model), "prompts": fingerprint(prompts),
+    return {"role": role if tasks is None else f"{role} {fingerprint(tasks)}", "tokenizer": tokenizer_key(model), "prompts": fingerprint(prompts),
             "maximum length": str(length_limit(model, role, max_length)), "texts": fingerprint(texts)}
 
 
@@ -115,16 +116,18 @@ def _in_memory(rows, prompt_lengths):
     return store
 
 
-def _tokenize_all(model, texts, role, prompts, max_length, chunk):
+def _tokenize_all(model, texts, role, prompts, max_length, chunk, tasks=None):
     "Token ids of every text in the order given, and the prompt length of each."
     each = prompts if isinstance(prompts, (list, tuple)) else [prompts]*len(texts)
-    order = sorted(range(len(texts)), key=lambda i: (each[i] or "", len(texts[i])))
+    kinds = [(prompt or "", task) for prompt, task in zip(each, tasks or [role]*len(texts))]
+    if tasks is not None and (limit := length_limit(model, role, max_length)) < float("inf"): max_length = limit  # or it would be that of the other role
+    order = sorted(range(len(texts)), key=lambda i: (kinds[i], len(texts[i])))
     rows, prompt_lengths = [None]*len(texts), np.zeros(len(texts), np.int32)
-    for prompt, group in groupby(order, key=lambda i: each[i] or ""):
+    for (prompt, task), group in groupby(order, key=lambda i: kinds[i]):
         group = list(group)
         for start in range(0, len(group), chunk):
             some = group[start:start + chunk]
-            found, length = _tokenize_chunk(model, [texts[i] for i in some], role, prompt, max_length)
+            found, length = _tokenize_chunk(model, [texts[i] for i in some], task, prompt, max_length)
             for i, row in zip(some, found): rows[i] = row
             prompt_lengths[some] = length
     return rows, prompt_lengths
@@ -139,21 +142,22 @@ def tokenize(
     chunk=4096, # texts that go to the tokenizer at once
     folder=None, # where stores are kept; None for the cache folder
     keep=True, # keep the store on disk for the next run? Without, it lives in memory
+    tasks=None, # the role that each text is read in, where that is not the one that decides its length: documents that are like queries
 ) -> TokenStore:
     "Tokenise `texts` into a store on disk, or open the store of an earlier run that did the same."
     texts = list(texts)
     if isinstance(prompts, (list, tuple)) and len(prompts) != len(texts):
         raise InputError(f"{len(prompts)} prompts for {len(texts)} texts", "prompts", "one for all, or one a text")
-    if not keep: return _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
+    if not keep: return _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk, tasks))
     folder = Path(folder) if folder else cache_folder("tokens")
-    parts = _key_parts(model, texts, role, prompts, max_length)
+    parts = _key_parts(model, texts, role, prompts, max_length, tasks)
     path = folder/fingerprint(parts)
     if (path/"parts.json").exists(): return TokenStore(path)
     changed = _what_changed(parts, folder)
     what = f"{len(texts):,} {'queries' if role == 'query' else 'documents'}"
     why = "" if not changed else " (other texts)" if changed == ["texts"] else f": other {' and '.join(changed)} than in the run before"
     say(f"tokenising {what}{why}")
-    store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk))
+    store = _in_memory(*_tokenize_all(model, texts, role, prompts, max_length, chunk, tasks))
     limit = length_limit(model, role, max_length)
     if full := int((store.lengths >= limit).sum()): say(f"{full:,} of them fill the maximum length of {limit} tokens: what is beyond it is not read")
     with atomic_path(path, replace=False) as temporary:

@@ -26,7 +26,7 @@ from .adapters import check_trained, has_adapter, is_adapter, restore_adapter, w
 from .arguments import precision_in, RECIPE_NAMES, TrainingArguments
 from .batching import batch_labels, counts, index_groups, left_out, sampler_of, shortages, source_of
 from .checkpoints import is_lack_of_disk, is_whole, keep_newest, last_checkpoint, put, seal, set_aside, Stopping, sweep, WRITING
-from .core import InputError, write_json
+from .core import fingerprint, InputError, write_json
 from .display import Progress, say, Table
 from .encoder import check_layout, DTYPES, layout_of, load_encoder, prepare, tokens_in
 from .evaluation import evaluate, note_choice
@@ -347,7 +347,7 @@ class _Keeping(_Logging):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapter(self.model): write_base(self.model, output_dir or self.args.output_dir)
-        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached})
+        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached, "data": self.data, "batch": _batch_of(self.args)})
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
 
@@ -378,11 +378,18 @@ class _Keeping(_Logging):
         keep_newest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 # %% ../nbs/62_training.ipynb #b91d427f
+def _batch_of(args):
+    "How many queries a step reads, in words."
+    return f"{args.train_batch_size} queries x {args.gradient_accumulation_steps} x {args.world_size} process{'es'*(args.world_size > 1)}"
+
+
 class _Restoring(_Keeping):
     "What is taken up again."
     def take_plan(self, checkpoint):
         "What was decided when a run began, where no argument says otherwise."
         a, there = self.args, json_or_nothing(Path(checkpoint)/PLAN)
+        if there.get("data", self.data) != self.data: raise InputError("a run on other training data", str(checkpoint), "the same groups in the same order; or train() without resume, or another output folder")
+        if there.get("batch", _batch_of(a)) != _batch_of(a): say(f"{Path(checkpoint).name} is of a run with {there['batch']}, this one has {_batch_of(a)}: it goes on from those weights, with other batches than it would have had")
         if a.forward == "auto" and there.get("forward", self.source.layout.name) != self.source.layout.name: self.source.layout = prepare(self.model, there["forward"])
         if a.tokens_per_forward is None: self.source.budget = there.get("tokens_per_forward", self.source.budget)
         if not a.cache_gradients: self.loss.cached = there.get("cache_gradients", self.loss.cached)
@@ -420,7 +427,7 @@ class _Enduring(_Restoring):
         self.done.append({name: inputs[name] for name in ("label", "packs", "key", "budget") if name in inputs})
         label = inputs["label"]
         self.facts["pairs"] += int((label["kind"] == POS).sum())
-        for name in ("real", "computed", "padded"): self.facts[name] += label.get(name, 0)
+        for name, n in ({o: label.get(o, 0) for o in ("real", "computed", "padded")} | label.get("counted", {})).items(): self.facts[name] = self.facts.get(name, 0) + n
         if torch.isfinite(loss): self.last_loss = loss
         return torch.zeros_like(loss) if self.last_loss is None else self.last_loss.to(loss.device)  # for a step that is left out, the loss before it is logged
 
@@ -456,7 +463,7 @@ class _Running(_Enduring):
             self.stopping.restore()
             a.eval_on_start = asked
         if a.load_best_model_at_end and isinstance(self.evaluator, DevEvaluator): note_choice(self.model, self.evaluator.groups)
-        for words in filter(None, (o.left_out() for o in sentence_transformers_losses(self.loss.objective))): say(words)
+        for words in filter(None, (*(o.left_out() for o in sentence_transformers_losses(self.loss.objective)), self.examples and self.examples.told(self.facts))): say(words)
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
 
@@ -471,7 +478,7 @@ class _Running(_Enduring):
                  f"texts {layout}{f' ({measured})' if measured else ''}, {precision_in(a)} on {a.device}"]
         if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
             lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
-        lines += [f"loss: {o}" for o in self.loss.objective.described()]
+        lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
         if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
 
@@ -491,11 +498,12 @@ class Trainer(_Running):
         guide=None, # vectors of a guide for `InfoNCE(guided=True)`: `Vectors` or a folder
         callbacks=None, # transformers callbacks
         evaluator=None, # evaluators of sentence-transformers, one or a list, beside dev
+        examples=None, # `InContext`: queries are read with examples from their batch; alone without it
     ):
         groups, dev = as_groups(groups), dev if dev is None else as_groups(dev, "dev")
         if isinstance(model, (str, Path)): model = load_encoder(model, args.forward)
         elif args.forward != "auto": prepare(model, args.forward)
-        self.recipe, self.logged, self.parts = recipe(model), None, {}
+        self.recipe, self.logged, self.parts, self.examples = recipe(model), None, {}, examples
         for name in args.from_recipe: setattr(args, name, getattr(self.recipe, RECIPE_NAMES[name][0]))
         index = index_groups(groups, [as_groups(o, "known groups") for o in (dev, *known) if o is not None], model, prompts=args.prompts)
         objective = objective_for(loss, model, self.recipe.temperature, index, args)
@@ -503,7 +511,7 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.source = source_of(model, index, args, vectors)
+        self.source, self.data = source_of(model, index, args, vectors, examples and examples(model, index, groups)), fingerprint(index.queries, index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         freeze_unused(model, self.source, args, reader_of(objective, model).read)
@@ -513,8 +521,7 @@ class Trainer(_Running):
         super().__init__(model=model, args=args, train_dataset=groups, loss=step, evaluator=evaluator, data_collator=first, callbacks=callbacks)
         for unwanted in (ProgressCallback, PrinterCallback): self.remove_callback(unwanted)
         self.bar, self.stopping, self.epochs = Panel(pairs_in(index.arrays, args.positives_per_query), self.facts, evaluator), Stopping(lambda asked: together(asked, args)), Epochs()
-        alone = [Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []
-        for callback in (*alone, self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
+        for callback in (*([Averaging(list(objective.parameters()))] if args.world_size > 1 and not args.negatives_cross_device else []), self.bar, self.skipping, self.stopping, self.epochs): self.add_callback(callback)
 
 # %% ../nbs/62_training.ipynb #19f2a312
 def teacher_span(

@@ -107,10 +107,11 @@ class Tuning:
         return Table(rows, title="nDCG@10 on dev", note=note, formats={f"{share:.0%} of the data": ".3f" for share in shares} | {"learning_rate": ".2g", "temperature": "g"})
 
     def plot(self, ax=None):
-        "nDCG@10 of every setting over the share of the data that it saw."
+        "nDCG@10 of every setting, the mean of its seeds, over the share of the data that it saw."
         ax = new_axes(ax, xlabel="share of the data", ylabel="nDCG@10 on dev")
         for settings in {tuple(o.settings.items()): o.settings for o in self.trials}.values():
-            mine = sorted((o.share, o.score) for o in self.trials if o.settings == settings)
+            scores = {share: [o.score for o in self.trials if (o.settings, o.share) == (settings, share)] for share in {o.share for o in self.trials if o.settings == settings}}
+            mine = sorted((share, np.mean(o)) for share, o in scores.items())
             ax.plot(*zip(*mine), marker="o", color="C0" if settings == self.best else "grey", alpha=1 if settings == self.best else 0.4)
         ax.set_xscale("log")
         ax.set_xticks([1/9, 1/3, 1], ["1/9", "1/3", "1"])

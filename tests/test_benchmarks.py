@@ -79,3 +79,8 @@ def test_m3(tmp_path):
 def test_heads(tmp_path):
     found = run(tmp_path, "heads")[1]
     assert [o["similarity"] for o in found["rows"]] == ["dense", "lexical", "multi", "mix", "dense, trained alone"] and len(found["beside"]) == 2
+
+
+def test_tuning(tmp_path):
+    found = run(tmp_path, "tuning", "--seeds", "1")[1]
+    assert len(found["trials"]) >= 3 and [*found["test"]] == ["tuned", "recipe"] and len(found["test"]["recipe"]["ndcg@10"]) == 2

@@ -98,7 +98,7 @@ def test_train_and_evaluate(folder):
     assert "120 groups, read as nixietune" in said and "training on 96 groups: 8 epochs, batch 16, learning rate 0.005" in said
     assert "packed, fp32 on cpu" in said and "nDCG@10" in said and "95% interval" in said and "open report.html in a browser" in said
     out = folder / "out"
-    assert sorted(o.name for o in out.iterdir()) == ["before_after.png", "log.jsonl", "loss.png", "metrics.json", "model", "report.html"]
+    assert sorted(o.name for o in out.iterdir()) == ["before_after.png", "evaluations", "log.jsonl", "loss.png", "metrics.json", "model", "report.html"]
     for name in ("before_after.png", "loss.png"): assert (out / name).read_bytes().startswith(b"\x89PNG\r\n")
 
     figures = json.loads((out / "metrics.json").read_text())

@@ -40,6 +40,7 @@ def models(tmp_path_factory):
     "A tiny encoder, reranker and language model, with room for 1,024 tokens."
     folder, tokenizer = tmp_path_factory.mktemp("models"), tiny_model()[0].tokenizer
     tiny_model(length=512, max_position_embeddings=514).save_pretrained(str(folder / "tiny"))
+    tiny_model("qwen3", length=256, max_position_embeddings=1024).save_pretrained(str(folder / "decoder"))
     torch.manual_seed(1)
     with hushed():
         vocabulary = dict(vocab_size=len(tokenizer), pad_token_id=0)
@@ -55,7 +56,7 @@ def folder(models, tmp_path, monkeypatch):
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "user")
-    for name in ("tiny", "reranker", "language"): os.symlink(models / name, name)
+    for name in ("tiny", "decoder", "reranker", "language"): os.symlink(models / name, name)
     write_lines("toy_finetune_data.jsonl", ({"query": o["query"], "pos": [i["doc"] for i in o["pos"]], "neg": [i["doc"] for i in o["neg"]]} for o in toy_groups(80, negatives=3)))
     return tmp_path / "user"
 
@@ -243,6 +244,18 @@ def test_embedding_goes_on(monkeypatch, capsys, output):
     else: assert Path(output).stat().st_size == n*json.loads(out)["dimensions"]*4
 
 
+def test_mining_with_examples(folder, capsys):
+    "hn_mine for a model that reads examples: they change the ranking, and the format that it leaves out is that of its model class."
+    Path("task.json").write_text(json.dumps([{"instruct": "Find it.", "query": "tiny winged one", "response": "a small bird"}]*3))
+    said = "mine --input_file toy_finetune_data.jsonl --range_for_sampling 0-5 --negative_number 5 --embedder_name_or_path decoder --embedder_model_class decoder-only-icl --query_instruction_for_retrieval Find."
+    assert main([*said.split(), "--output_file", "with.jsonl", "--examples_for_task", "task.json"]) == 0
+    assert "examples_for_task is task_examples" in capsys.readouterr().err
+    assert main([*said.split(), "--output_file", "without.jsonl"]) == 0
+    assert main([*said.split(), "--output_file", "spelled.jsonl", "--examples_for_task", Path("task.json").read_text(), "--examples_instruction_format", r"<instruct>{}\n<query>{}\n<response>{}"]) == 0
+    found = {name: [{*o["neg"]} for o in read_lines(f"{name}.jsonl")] for name in ("with", "without", "spelled")}
+    assert found["with"] == found["spelled"] != found["without"]
+
+
 @pytest.mark.parametrize("said, found", [
     ("mine --model tiny --output x.jsonl", "no groups"),
     ("mine --groups toy_finetune_data.jsonl --model tiny", "no output"),
@@ -255,8 +268,9 @@ def test_embedding_goes_on(monkeypatch, capsys, output):
     ("mine --groups toy_finetune_data.jsonl --model tiny --output x.jsonl --devices cuda:77", "devices of this machine"),
     ("mine --groups toy_finetune_data.jsonl --model tiny --output x.csv", "not written as"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --search_batch_size 128", "never reads it"),
-    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --examples_for_task web", "in-context examples are not built yet"),
-    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-icl", "in-context examples are not built yet"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path decoder --examples_for_task web", "no such file"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-icl", "pooling='lasttoken'"),
+    ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --embedder_model_class decoder-only-pseudo_moe", "the model says what it is"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --batch_size 3000", "packs of so many tokens"),
     ("mine --input_file toy_finetune_data.jsonl --output_file x.jsonl --embedder_name_or_path tiny --negativ_number 3", "no argument 'negativ_number'"),
     ("score --groups toy_finetune_data.jsonl --output x.jsonl", "no model"),

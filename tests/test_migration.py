@@ -18,6 +18,7 @@ from nixietune.cli import main
 from nixietune.configs import config_text
 from nixietune.core import InputError
 from nixietune.encoder import encode, load_encoder
+from nixietune.icl import examples_of
 from nixietune.losses import InfoNCE, M3KD
 from nixietune.m3 import heads_of, load_m3
 from nixietune.migration import read_command, rules_of, SYSTEMS, translate
@@ -113,6 +114,35 @@ def test_the_command_of_bge_m3(folder, capsys):
     assert {*heads_of(load_m3("m3_sd/model"))} == {"lexical", "multi"} and torch.load("m3_sd/model/sparse_linear.pt", weights_only=True)["weight"].shape == (1, 32)
 
 
+def test_the_command_of_bge_en_icl(folder, capsys):
+    "As its manual prints it, but for fp16 and DeepSpeed: examples from the batch, categories of clusters, and a suffix that the merged model keeps."
+    tiny_model("qwen3", length=2048, max_position_embeddings=4096).save_pretrained("decoder")
+    rows = [{"query": o["query"], "pos": [o["query"]], "neg": [i["doc"] for i in o["neg"]], "prompt": "Find the topic. ", "type": "symmetric_clustering", "category": o["query"].split()[-1]} for o in toy_groups(16, negatives=4, seed=1)]
+    Path("example_data/clustering-no_in_batch_neg").mkdir()
+    Path("example_data/clustering-no_in_batch_neg/k.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
+    said = """--model_name_or_path decoder --cache_dir ./cache/model --use_lora True --lora_rank 32 --lora_alpha 64 --target_modules q_proj k_proj v_proj o_proj gate_proj down_proj up_proj --save_merged_lora_model True
+        --train_data ./example_data/retrieval ./example_data/sts/sts.jsonl ./example_data/classification-no_in_batch_neg ./example_data/clustering-no_in_batch_neg --cache_path ./cache/data --train_group_size 8
+        --query_max_len 2048 --passage_max_len 512 --pad_to_multiple_of 8 --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0 --drop_threshold 0 --example_query_max_len 256
+        --example_passage_max_len 256 --retrieval_use_examples True --output_dir ./icl_sd --overwrite_output_dir --learning_rate 1e-4 --num_train_epochs 1 --per_device_train_batch_size 2 --dataloader_drop_last True
+        --warmup_ratio 0.1 --gradient_checkpointing --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02 --sentence_pooling_method last_token --normalize_embeddings True --kd_loss_type kl_div""".split()
+    said += ["--query_instruction_for_retrieval", "Given a query, retrieve passages that are relevant to the query.", "--query_instruction_format", r"<instruct>{}\n<query>{}", "--icl_suffix_str", r"\n<response>", "--additional_special_tokens", "<instruct>", "<query>", "<response>"]
+    assert main(["flagembedding", *said]) == 0
+    facts = figures("icl_sd")["facts"]["training"]
+    assert facts["examples"] > 20 and facts["queries_alone"] < facts["steps"] and "0 to 5 examples" in capsys.readouterr().out
+    model = SentenceTransformer("icl_sd/model")
+    assert examples_of(model)["suffix"] == "\n<response>" and model[0].query_length == 2048 and model.prompts["query"].endswith("query.\n<query>")
+    assert model[0].preprocess(["a"], task="query")["input_ids"].shape[1] > model[0].preprocess(["a"], task="document")["input_ids"].shape[1]
+
+
+def test_what_icl_arguments_mean():
+    "One of them says that it is that trainer; its defaults are FlagEmbedding's, and one suffix is for training and search."
+    found = translate("flagembedding", {"retrieval_use_examples": "False", "example_query_max_len": "32"})
+    assert [found[o] for o in ("examples", "example_query_length", "example_document_length", "retrieval_examples", "suffix")] == [5, 32, 96, False, "\nResponse:"]
+    assert translate("flagembedding", {})["examples"] == 0
+    found = translate("mine", {"embedder_model_class": "decoder-only-icl", "examples_for_task": "task.json"})
+    assert (found["suffix"], found["task_examples"], found["task_examples_format"]) == ("auto", "task.json", "<instruct>{}\n<query>{}\n<response>{}")
+
+
 def test_the_command_of_gemma(folder, capsys):
     "bge-multilingual-gemma2's, as its manual prints it, but for fp16 and DeepSpeed, on a folder as it comes with a language model: one plain model at the end, which sentence-transformers alone reads."
     bare = tiny_model("gemma2", max_position_embeddings=514, length=512)
@@ -196,7 +226,7 @@ def test_what_flagembedding_decides_together():
 
 @pytest.mark.parametrize("system, given, problem", [
     ("flagembedding", {"kd_loss_type": "mse"}, "kd_loss_type='mse'"), ("flagembedding", {"use_mrl": "True"}, "without mrl_dims"), ("flagembedding", {"config_name": "x"}, "brings its configuration"),
-    ("flagembedding", {"use_self_distill": "True"}, "without unified_finetuning"), ("flagembedding", {"retrieval_use_examples": "True"}, "not built yet"), ("flagembedding", {"query_instruction_format": "{} and {}!"}, "two {}"), ("flagembedding", {"temprature": 1}, "no argument 'temprature'"),
+    ("flagembedding", {"use_self_distill": "True"}, "without unified_finetuning"), ("flagembedding", {"query_instruction_format": "{} and {}!"}, "two {}"), ("flagembedding", {"temprature": 1}, "no argument 'temprature'"),
     ("flagembedding", {"train_group_size": "many"}, "a whole number"), ("flagembedding", {"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"), ("rag-retrieval", {"train_type": "rerank"}, "'train' or 'distill'"),
     ("rag-retrieval", {}, "no train_dataset"), ("nixietune", {"target": "softmax"}, "infonce, mnrl"), ("nixietune", {"streaming": True}, "memory-mapped"), ("word2vec", {}, "flagembedding, rag-retrieval"),
 ])

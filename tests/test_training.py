@@ -362,6 +362,15 @@ def test_layouts_train_alike(make, include_prompt):
     for forward in ("packed", "bucketed"): assert found[forward] == pytest.approx(found["padded"], abs=1e-3)
 
 
+def test_other_data_is_refused(make, capsys):
+    "A run goes on only with the groups that it began with; another batch size is said."
+    more = dict(save_strategy="steps", save_steps=2)
+    with pytest.raises(MemoryError): make(callbacks=[Watch(die_at=3)], **more).train()
+    with pytest.raises(InputError, match="other training data"): make(groups=toy_groups(64, seed=3), **more).train(resume=True)
+    make(per_device_train_batch_size=8, **more).train(resume=True)
+    assert "run with 16 queries x 1 x 1 process, this one has 8 queries" in capsys.readouterr().out
+
+
 def test_baseline_and_plan_travel(make, tmp_path):
     "What was measured before the first step, and the layout, are taken from the checkpoint by a run that goes on."
     more = dict(dev=toy_groups(20, seed=1), corpus=toy_corpus(), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, num_train_epochs=2)
