@@ -170,7 +170,7 @@ def facts_of(
     settings = {k: getattr(a, k) for k in ("num_train_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "seed")}
     return {"layout": trainer.source.layout.name, "batch_size": a.train_batch_size, "steps": trainer.state.global_step, **settings,
             "precision": precision_in(a), "loss": trainer.loss.objective.described(),
-            "dropout": dropout_of(trainer.model), "max_length": trainer.model.max_seq_length, **f,
+            "dropout": dropout_of(trainer.model), "max_length": longest if (longest := trainer.model.max_seq_length) < float("inf") else None, **f, # word vectors have no limit
             "full_length": {role: round(float(np.mean(store.lengths >= length_limit(trainer.model, role))), 4)
                             for role, store in trainer.source.stores.items()},
             "padding_saved": round(1 - f["computed"]/f["padded"], 4) if f["padded"] else None}

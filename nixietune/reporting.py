@@ -208,7 +208,7 @@ def _training(result):
     sizes = result.facts["groups"]
     cost = [{"part": name, "seconds": o["wall"], "CPU seconds": o["cpu"]} for name, o in seconds.items()]
     did = (f"{facts['pairs']:,} query-document pairs in {facts['steps']:,} steps of {facts['batch_size']}, from {sizes['train']:,} groups. "
-           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read {'whole' if facts['max_length'] == float('inf') else 'up to {} tokens'.format(facts['max_length'])}"
+           f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read {'whole' if facts['max_length'] is None else 'up to {} tokens'.format(facts['max_length'])}"
            + "".join(f"; {share:.0%} of the {_MANY[role]} fill that" for role, share in facts["full_length"].items() if share) + ".")
     steps, losses = zip(*result.losses) if result.losses else ((), ())
     curve = [plot_loss(steps, losses)] if steps else []

@@ -15,6 +15,8 @@ SMALL = {
     "05_distil": "queries, known, steps, seeds, lessons = 60, 20, 5, 1, 16",
     "06_smaller_vectors_and_merging": "queries, steps, seeds, longer = 60, 3, 1, 5",
     "07_survive_a_disconnect": "steps, every, dies_at = 9, 3, 5",
+    "08_two_gpus_and_beyond": "queries, epochs, batch = 150, 1, 32",
+    "09_use_it": "steps, queries = 1, 40",
 }
 
 
