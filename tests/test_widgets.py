@@ -32,7 +32,7 @@ nt.merge_slider(MergeSweep(rows, 0.25, "ndcg@10", 0.01, None))"""]
 
 FRONTS = { # name -> (path of the page, is it ready?, run all cells)
     "lab": ("doc/tree/{}", "[...jupyterapp.shell.widgets('main')][0].sessionContext.session.kernel.status == 'idle'", "jupyterapp.commands.execute('notebook:run-all-cells')"),
-    "classic": ("notebooks/{}", "Jupyter.notebook.kernel.is_connected() && !!Jupyter.notebook.kernel.widget_manager", "Jupyter.notebook.execute_all_cells()"),
+    "classic": ("notebooks/{}", "Jupyter.notebook.kernel.info_reply.status == 'ok' && !!Jupyter.notebook.kernel.widget_manager", "Jupyter.notebook.execute_all_cells()"),
 }
 
 
@@ -125,6 +125,7 @@ def test_widgets(server, page, front):
     path, ready, run = FRONTS[front]
     page.ask("Page.navigate", url=f"{server}/{path.format(f'{front}.ipynb')}")
     page.wait(ready)
+    time.sleep(2)  # widgets ask the kernel for what it has, and give no sign when they are done: what runs meanwhile is not shown
     page.click(".jp-Cell .cm-content, .cell .CodeMirror")  # the page has the focus
     page.js(run)
     page.wait("document.querySelectorAll('.widget-vbox').length >= 4")
