@@ -12,6 +12,7 @@ SMALL = {
     "01_quickstart": "epochs, batch_size, queries = 1, 16, 48",
     "02_your_own_data": "searches = 300",
     "03_hard_negatives": "queries, number, steps, seeds = 150, 3, 3, 2",
+    "04_losses_compared": "queries, steps, seeds = 60, 3, 2",
     "05_distil": "queries, known, steps, seeds, lessons = 60, 20, 5, 1, 16",
     "06_smaller_vectors_and_merging": "queries, steps, seeds, longer = 60, 3, 1, 5",
     "07_survive_a_disconnect": "steps, every, dies_at = 9, 3, 5",
