@@ -192,7 +192,7 @@ class CardCallback(SentenceTransformerModelCardCallback):
         card = model.model_card_data
         card.add_tags("generated_from_trainer")
         card.add_tags("nixietune")
-        card.set_losses([trainer.loss])
+        card.set_losses([*losses_in(trainer.loss.objective).values()])
 
 # %% ../nbs/62_training.ipynb #8300ed39
 class DevEvaluator(BaseEvaluator):

@@ -422,6 +422,7 @@ def test_the_model_card_keeps_secrets(make, tmp_path):
         files = [o for o in folder.rglob("*") if o.is_file() and o.name != "tokenizer.json" and o.suffix in (".md", ".json", ".txt")]
         for file in files: assert not [o for o in SECRETS if o in file.read_text()], file
         card = (folder / "README.md").read_text()
+        assert "loss:InfoNCE" in card and "loss:Step" not in card
         assert "nixietune" in card and "sentence-transformers" in card and "learning_rate" in card
 
 
