@@ -511,7 +511,7 @@ class Trainer(_Running):
         if args.prompts: say("prompts of single data sets go before training texts; what is measured on dev or test has the model's own, or those in its groups")
         for remark in (*shortages(index.arrays, (args.train_group_size or 1) - 1), *remarks(losses_in(objective), index.arrays, args)): say(remark)
         for make_ready in (whole_numbers, name_layers): make_ready(model)
-        self.source, self.data = source_of(model, index, args, vectors, examples and examples(model, index, groups)), fingerprint(index.queries, index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
+        self.source, self.data = source_of(model, index, args, vectors, examples and examples(model, index, groups)), fingerprint([text for _, text in index.queries], index.documents, *(getattr(index.arrays, o) for o in ("query", "ptr", "doc", "kind")))
         self.plan = plan_for(model, self.source, args)
         self.source.budget, args.gradient_checkpointing = -together(-self.plan.tokens_per_forward, args), bool(together(int(self.plan.gradient_checkpointing), args))
         freeze_unused(model, self.source, args, reader_of(objective, model).read)
