@@ -23,7 +23,7 @@ from .display import Progress, say, Table
 from .evaluation import encode_texts, read_corpus, similarity_of
 from .groups import corpus_of, documents
 from .index import METRICS, pair_scorer, search
-from .scoring import as_scorer, on_scale, score_pairs
+from .scoring import as_scorer, load_teacher, on_scale, score_pairs
 from .plots import BLUE, new_axes
 from .tables import batches, table_of
 from .texts import NEAR, near_duplicates, normal_form, numbered, shortened
@@ -279,8 +279,9 @@ def judge_by(
     progress:bool=True, # show how it goes?
 ) -> Callable: # (queries int[n] in order, texts int[n]) -> float[n]
     "The scores of pairs by a teacher."
+    if isinstance(teacher, (str, Path)): teacher = load_teacher(teacher)
     scorer, queries = as_scorer(teacher), [text for *_, text in pool.queries]
-    scale = "sigmoid" if hasattr(teacher, "predict") or isinstance(teacher, str) else "raw"
+    scale = "sigmoid" if hasattr(teacher, "predict") else "raw" # a cross-encoder's logits; not the cosines of another teacher
     path = Path(cache)/"judged.scores" if cache else None
     def score(query, text): return on_scale(score_pairs(scorer, queries, pool.texts, query, text, path, 4096, progress), query, scale)
     return score

@@ -180,6 +180,15 @@ def test_cross_encoder_reads_every_candidate_that_is_left():
     with pytest.raises(InputError, match="one number a pair"): mined(groups, hashed, corpus_of(docs), cross_encoder=lambda pairs: [1.0])
 
 
+def test_only_a_cross_encoder_s_scores_are_logits(tmp_path):
+    "A teacher given by its name judges like the loaded one: an encoder's cosines stay what they are."
+    model, docs = nt.tiny_model(), [f"document {i}" for i in range(6)]
+    model.save_pretrained(str(tmp_path/"teacher"))
+    named, loaded = (mined(make([("query 1", [docs[1]])]), "bm25", corpus_of(docs), number=3, ranks=20, relative=None, max_score=2, cross_encoder=o, report=True)[1].negatives["score"].to_numpy() for o in (str(tmp_path/"teacher"), model))
+    cosines = np.sort(model.similarity(model.encode(["query 1"]), model.encode(docs)).numpy().ravel())
+    assert np.allclose(named, loaded, atol=1e-6) and all(np.isclose(cosines, o, atol=1e-5).any() for o in named)
+
+
 def test_an_interrupted_mining_goes_on(tmp_path):
     "Vectors and scores that were computed are read again, and the result is that of a run in one piece."
     docs, asked, broken = [f"document {i}" for i in range(20)], [], True
