@@ -8,9 +8,8 @@ __all__ = ['READS', 'WRITES', 'MINE', 'SCORE', 'EMBED', 'HOW', 'SCORED', 'option
            'check_teachers', 'run_score', 'texts_in_order', 'write_raw', 'run_embed']
 
 # %% ../nbs/88b_commands.ipynb #e308b1fa
-import json
 from pathlib import Path
-from .core import atomic_path, InputError
+from .core import atomic_path, InputError, write_json_lines
 from .settings import corpus_for, EVALUATE, groups_of, JSON, model_of, Option, TRAIN
 
 # %% ../nbs/88b_commands.ipynb #9e85e4e1
@@ -287,9 +286,7 @@ def write_raw(
     rows = vectors.rows_of(texts, "document")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for i in range(0, len(rows), piece): file.write(vectors[rows[i:i + piece]].tobytes())
-    if not beside: return
-    with atomic_path(beside) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"query": o}, ensure_ascii=False) + "\n" for o in texts)
+    if beside: write_json_lines(beside, ({"query": o} for o in texts))
 
 # %% ../nbs/88b_commands.ipynb #018046f4
 def run_embed(

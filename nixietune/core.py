@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOME', 'InputError', 'check_range', 'how_to_install', 'need', 'check_folder', 'atomic_path', 'write_text',
-           'write_json', 'fingerprint', 'cache_folder', 'precision_of', 'Runtime', 'live_kernel', 'runtime',
-           'device_list', 'spread', 'set_seed', 'versions']
+           'write_json', 'write_json_lines', 'fingerprint', 'cache_folder', 'precision_of', 'Runtime', 'live_kernel',
+           'runtime', 'device_list', 'spread', 'set_seed', 'versions']
 
 # %% ../nbs/00_core.ipynb #e50ab0aa
 import hashlib, importlib, json, os, platform, shutil, sys, tempfile
@@ -122,6 +122,17 @@ def write_json(
 ) -> Path:
     "Write `value` as indented JSON, whole or not at all; NaN is an error, since JSON has none."
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(
+    path:str|Path, # the file
+    rows, # anything that JSON can hold, one after the other
+    default=None, # what makes such a thing of another, like `str`
+) -> Path:
+    "Write one row a line, whole or not at all."
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=default) + "\n" for row in rows)
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #1af2df56
 def _spell(part, add):

@@ -7,12 +7,12 @@ __all__ = ['AUDIT', 'CONVERT', 'SPLIT', 'SEVERE', 'check_choice', 'findings_reac
            'check_place', 'check_dialect', 'run_convert', 'part_names', 'write_parts', 'check_parts', 'run_split']
 
 # %% ../nbs/88c_preparing.ipynb #3968a40c
-import json, os, re
+import os, re
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from .commands import check_given, check_output, dialect_of, options_of, READS, WRITES
-from .core import atomic_path, check_folder, InputError
+from .core import check_folder, InputError, write_json_lines
 from .settings import corpus_for, EVALUATE, groups_of, JSON, Option, TRAIN
 
 # %% ../nbs/88c_preparing.ipynb #a7529c44
@@ -64,9 +64,7 @@ def write_findings(
     path, # a file
 ):
     "Every offending row as a line: finding, severity, and what the finding shows."
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for o in report:
-            file.writelines(json.dumps({"finding": o.name, "severity": o.severity} | row, ensure_ascii=False, default=str) + "\n" for row in o.all())
+    write_json_lines(path, ({"finding": o.name, "severity": o.severity} | row for o in report for row in o.all()), default=str)
 
 
 def run_audit(

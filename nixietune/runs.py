@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from .comparison import compare
-from .core import InputError, write_json, write_text
+from .core import InputError, write_json, write_json_lines
 from .display import say
 from .evaluation import Evaluation, read_trec_run, write_trec_run
 from .experiments import Result
@@ -28,7 +28,7 @@ def write_evaluation(
     folder, frame = Path(folder), evaluation.per_query
     rows = [{k: None if v != v else v for k, v in row.items()} for row in frame.astype({"rank": "float"}).to_dict("records")]
     write_json(folder/"metrics.json", evaluation.summary() | facts)
-    write_text(folder/"per_query.jsonl", "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in rows))
+    write_json_lines(folder/"per_query.jsonl", rows)
     try: write_trec_run(evaluation.run, folder/"run.trec")
     except InputError as error: say(f"no run.trec is written: {error.what}, and the format separates by spaces")
     return folder
