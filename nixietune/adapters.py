@@ -367,6 +367,7 @@ def load_adapter(
     model, # a SentenceTransformer, the adapter's base; it is changed
     path, # a folder of `save_adapter` or peft, or a checkpoint of a run
     trainable=True, # go on training it? Otherwise it is only used
+    add=False, # add the special tokens that it has rows for, where the model has not got them?
 ): # the model
     "Put an adapter from disk onto its base."
     from peft import PeftConfig
@@ -376,6 +377,7 @@ def load_adapter(
     except (KeyError, TypeError, ValueError) as error: raise InputError(f"{_CONFIG} cannot be read, {str(error).splitlines()[0]}", str(folder), "what peft writes") from error
     if config.peft_type != "LORA": raise InputError(f"an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}", str(folder), "LoRA")
     config.inference_mode = not trainable
+    if add: add_tokens(model, adapter_tokens(folder))
     _check_base(model, folder)
     with _or_as_before(network), hushed():
         try: _inject(model, config)

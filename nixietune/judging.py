@@ -10,7 +10,7 @@ __all__ = ['COMPARE', 'MERGE', 'REPORT', 'FAILS', 'source_kind', 'asked', 'evalu
 import json
 from pathlib import Path
 from .commands import check_given, check_output, options_of, READS, WRITES
-from .core import atomic_path, check_folder, InputError, write_text
+from .core import check_folder, InputError, write_json_lines, write_text
 from .preparing import check_choice
 from .settings import corpus_for, EVALUATE, groups_of, JSON, Option, probes_of, TRAIN
 
@@ -165,7 +165,7 @@ def write_changes(
     "Every query before and after, a line for each query of each comparison."
     rows = ({"after_name": name} | {k: None if v != v else v for k, v in row.items()} for name, o in found.items()
             for row in o.per_query.astype({"rank_before": "float", "rank_after": "float"}).to_dict("records"))
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file: file.writelines(json.dumps(o, ensure_ascii=False, default=str) + "\n" for o in rows)
+    write_json_lines(path, rows, default=str)
 
 
 def run_compare(
@@ -208,15 +208,13 @@ def check_merge(
 
 def _whole(s, output):
     "One model with its adapter."
-    from nixietune.adapters import adapter_tokens, add_tokens, is_adapter, load_adapter, save_merged
+    from nixietune.adapters import is_adapter, load_adapter, save_merged
     from nixietune.encoder import load_encoder
     from nixietune.merging import loaded
     name = s["model"][0]
     if not s["adapter"] and not is_adapter(name): raise InputError("one model without an adapter", name, "two models or more, a folder with an adapter, or --adapter")
     model = load_encoder(name) if s["adapter"] else loaded(name)
-    if s["adapter"]:
-        add_tokens(model, adapter_tokens(s["adapter"]))
-        load_adapter(model, s["adapter"], trainable=False)
+    if s["adapter"]: load_adapter(model, s["adapter"], trainable=False, add=True)
     save_merged(model, output)
     return {"weights": None}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 import torch
-from .adapters import adapter_tokens, add_tokens, has_adapter, is_adapter, load_adapter, merge_adapter, save_merged
+from .adapters import has_adapter, is_adapter, load_adapter, merge_adapter, save_merged
 from .batching import index_groups, KeySampler, shortages, Source
 from .core import atomic_path, check_folder, check_range, InputError, write_json, write_text
 from .display import hushed, Progress, quiet, say, Table
@@ -217,9 +217,7 @@ def loaded(
     if named and is_adapter(model) and not (Path(model)/"modules.json").is_file():
         base = json_or_nothing(Path(model)/"adapter_config.json").get("base_model_name_or_path")
         if not base: raise InputError("an adapter that names no base", str(model), "load_adapter(base, folder) instead of the folder")
-        plain = load_encoder(base)
-        if tokens := adapter_tokens(model): add_tokens(plain, tokens)
-        model = load_adapter(plain, model, trainable=False)
+        model = load_adapter(load_encoder(base), model, trainable=False, add=True)
     elif named:
         if heads := [o for o in _HEADS if (Path(model)/o).is_file()]: say(f"{', '.join(heads)} of {model}: no part of a SentenceTransformer, and not in the mix; with output_path it is")
         model = load_encoder(str(model))

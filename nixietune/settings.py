@@ -330,14 +330,11 @@ def model_of(
     given |= {ours: s[name] for ours, name in (("causal", "causal"), ("eos", "eos"), ("dtype", "weights_dtype")) if s[name] not in (None, "fp32")}
     model = _with_its_heads(s, given) if s["heads"] else load_encoder(s["model"], **given)
     tokens = s["special_tokens"] or []
-    for o in s["merge_adapters"] or []:
-        add_tokens(model, adapter_tokens(o))
-        merge_adapter(load_adapter(model, o))
+    for o in s["merge_adapters"] or []: merge_adapter(load_adapter(model, o, add=True))
     if s["head"]: add_head(model, s["head"], s["seed"])
     if s["adapter"]:
         if more := [o for o in tokens if o not in adapter_tokens(s["adapter"])]: raise InputError(f"special token {more[0]}", s["adapter"], "tokens that this adapter has rows for; a new one would not be trained")
-        add_tokens(model, adapter_tokens(s["adapter"]))
-        load_adapter(model, s["adapter"])
+        load_adapter(model, s["adapter"], add=True)
     elif s["lora"]: add_lora(model, s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"] or "all-linear", s["modules_to_save"], tokens, s["seed"])
     elif tokens: add_tokens(model, tokens)
     if s["freeze"]: freeze(model, *s["freeze"])
