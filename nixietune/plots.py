@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'new_axes', 'png_bytes', 'save_plot', 'plot_loss', 'plot_metrics', 'plot_changes',
-           'plot_lengths', 'plot_padding', 'share_above', 'plot_scores', 'principal_plane', 'turned_like', 'plot_map',
-           'plot_maps']
+           'plot_lengths', 'plot_padding', 'share_above', 'plot_scores', 'principal_plane', 'turned_like', 'two_axes',
+           'plot_map', 'plot_maps']
 
 # %% ../nbs/02_plots.ipynb #2f2d10f3
 from functools import partial
@@ -266,6 +266,16 @@ def turned_like(
     u, _, v = np.linalg.svd(np.asarray(points).T @ np.asarray(others))
     return points @ (u @ v)
 
+# %% ../nbs/02_plots.ipynb #956f149e
+def two_axes(
+    height, # of the picture, in inches
+) -> tuple: # of matplotlib Axes, left and right; the right one is shown with both
+    "Axes beside each other, for before and after."
+    from matplotlib.figure import Figure
+    left, right = Figure((9.4, height), layout="constrained", facecolor="none").subplots(1, 2, subplot_kw={"facecolor": "none"})
+    right._repr_png_ = partial(png_bytes, right, dpi=100)
+    return left, right
+
 # %% ../nbs/02_plots.ipynb #29f3321d
 def plot_map(
     points, # float [n, 2]: queries and documents in a plane
@@ -297,14 +307,11 @@ def plot_maps(
 ) -> "matplotlib.axes.Axes": # the right ones; the picture has both
     "Two maps of the same queries and documents beside each other."
     import numpy as np
-    from matplotlib.figure import Figure
-    figure = Figure((9.4, 4.4), layout="constrained", facecolor="none")
     queries, first = len(before[0]), None
     pairs = np.asarray(answers, dtype=int).reshape(-1, 2) + [0, queries]
-    for ax, vectors, name in zip(figure.subplots(1, 2, subplot_kw={"facecolor": "none"}), (before, after), names):
+    for ax, vectors, name in zip(two_axes(4.4), (before, after), names):
         points, share = principal_plane(np.concatenate(vectors))
         if first is not None: points = turned_like(points, first)
         first = points if first is None else first
         plot_map(points, np.arange(len(points)) < queries, pairs, f"{name}: {share:.0%} of the variance", ax)
-    ax._repr_png_ = partial(png_bytes, ax, dpi=100)
     return ax

@@ -17,7 +17,7 @@ from .evaluation import encode_texts, metric_label, read_corpus, Relevance, rele
 from .index import pair_scorer, search
 from .merging import keeps_floor, MergeSweep, plot_sweep
 from .mining import by_score, check_limits
-from .plots import BLUE, GREY, new_axes, ORANGE, plot_maps, plot_scores
+from .plots import BLUE, GREY, new_axes, ORANGE, plot_maps, plot_scores, two_axes
 from .reporting import show_html
 from .texts import normal_form, shortened
 
@@ -206,13 +206,9 @@ def plot_both_scores(
     n:int=10, # other documents of each query
 ) -> "matplotlib.axes.Axes": # the right ones; the picture has both
     "Scores of answers and of the hardest other documents, before and after."
-    from functools import partial
-    from matplotlib.figure import Figure
-    from nixietune.plots import png_bytes
     if not both.problem.queries: raise InputError("no known answers", "plot_both_scores", "side_by_side(..., groups=...)")
-    for ax, side in zip(Figure((9.4, 3), layout="constrained", facecolor="none").subplots(1, 2, subplot_kw={"facecolor": "none"}), both.sides):
+    for ax, side in zip(two_axes(3), both.sides):
         plot_scores(*answer_scores(side, both.problem, n), ("answers", f"hardest {n} others"), f"score by {side.name}", ax)
-    ax._repr_png_ = partial(png_bytes, ax, dpi=100)
     return ax
 
 # %% ../nbs/81_widgets.ipynb #77bb99ba
