@@ -400,7 +400,7 @@ class Source(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         "One batch: `packs` (features of each forward) and `label`."
-        if self.of(key) is not self: return self.of(key)[key]
+        if (source := self.of(key)) is not self: return source[key]
         labels, q, d = batch_labels(self.arrays, key, *self.draws)
         forwards = (_from_text if self.layout.name == "text" else _from_tokens)(self, key, q, d, labels, _places(self, key, d, labels))
         labels["order"] = torch.from_numpy(np.concatenate([here for here, _ in forwards]))

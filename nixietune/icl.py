@@ -18,6 +18,7 @@ from .display import say
 from .encoder import encode, has_template, instruction_format, prompt_of, query_prompts
 from .evaluation import DEFAULT_METRICS, evaluate_vectors, relevance, similarity_of
 from .relation import POS
+from .scoring import cut_texts
 from .tokens import length_limit, save_arrays, tokenizer_key, TokenStore
 
 # %% ../nbs/72_icl.ipynb #17dd24b4
@@ -141,15 +142,9 @@ def set_examples(
     _check_template(model)
 
 # %% ../nbs/72_icl.ipynb #b0f1042f
-def _cut(tokenizer, texts, most):
-    "Texts of at most so many tokens."
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return [text if len(ends) <= most else text[:ends[most - 1][1]] for text, ends in zip(texts, found)]
-
-
 def _texts(tokenizer, pairs, config, suffix):
     "Examples as texts, from (query, response) pairs."
-    asked, said = (_cut(tokenizer, [*side], most) for side, most in zip(zip(*pairs), (config.query_length, config.document_length)))
+    asked, said = (cut_texts(tokenizer, [*side], most)[0] for side, most in zip(zip(*pairs), (config.query_length, config.document_length)))
     return [q + suffix + r + BETWEEN for q, r in zip(asked, said)]
 
 

@@ -93,4 +93,4 @@ def memory_table(
             return f"{tokens:,.0f}" if tokens >= options.get("length", 512) else "-"
         facts = {"weights, GB": f"{m['weights']/2**30:.1f}", "adapter, GB": f"{m['adapter']/2**30:.2f}", "MB a token": f"{m['token']/2**20:.2f}"}
         return {"model": name} | facts | {gpu: " / ".join(at_once(n, kind) for kind in ("token", "checkpointed")) for gpu, n in gpus.items()}
-    return Table([row(*o) for o in configs.items()], title="Tokens at once with LoRA of rank 32, without / with gradient checkpointing (computed, not measured)")
+    return Table([row(*o) for o in configs.items()], title=f"Tokens at once with LoRA of rank {options.get('rank', 32)}, without / with gradient checkpointing (computed, not measured)")
