@@ -18,7 +18,7 @@ from .core import check_folder, InputError
 from .judging import COMPARE, MERGE, REPORT, run_compare, run_merge, run_report
 from .migration import read_command, rules_help, script_command, SCRIPTS, SYSTEMS, translate, what_became
 from .preparing import AUDIT, CONVERT, run_audit, run_convert, run_split, SPLIT
-from .settings import CONFIG, corpus_for, DEMO, EVALUATE, groups_of, JSON, measured_beside, Option, read_settings, run_settings, TRAIN, TRAIN_PARTS
+from .settings import CONFIG, corpus_for, DEMO, EVALUATE, groups_of, JSON, may_hold_settings, measured_beside, Option, read_settings, run_settings, TRAIN, TRAIN_PARTS
 
 # %% ../nbs/90_cli.ipynb #05c8d774
 # chosen on dev: four times the rate of the recipe, for there are 31 steps; 32 tokens a text for the sake of time
@@ -132,23 +132,23 @@ class Command:
     help: str # what it does, in a line
     run: Callable # (settings, what was typed) -> a report
     example: str # to copy
+    takes: tuple = ("groups",) # options whose values may stand alone
 
 
-_GROUPS = "--groups train.jsonl"
 COMMANDS = {
-    "audit": Command("data", AUDIT, "what is wrong with your groups, and where", lambda s, c: run_audit(s), f"{_GROUPS} --test test.jsonl --corpus corpus.jsonl"),
-    "convert": Command("data", CONVERT, "read any dialect, write another", lambda s, c: run_convert(s), f"{_GROUPS} --output bge.jsonl --write-as bge"),
-    "split": Command("data", SPLIT, "part your groups into train, dev and test without a leak", lambda s, c: run_split(s), "--groups all.jsonl --output data"),
-    "mine": Command("negatives and teachers", MINE, "find hard negatives for your own groups", lambda s, c: run_mine(s), f"{_GROUPS} --output mined.jsonl --model intfloat/e5-small-v2 --number 7"),
-    "score": Command("negatives and teachers", SCORE, "write a teacher's scores into your own groups", lambda s, c: run_score(s), "--groups mined.jsonl --output scored.jsonl --model BAAI/bge-reranker-v2-m3"),
-    "embed": Command("negatives and teachers", EMBED, "compute a teacher's vectors of your own groups", lambda s, c: run_embed(s), f"{_GROUPS} --output teacher --model BAAI/bge-large-en-v1.5"),
-    "demo": Command("train", DEMO, "run the embedded example: a general model learns patients' words", lambda s, c: demo(s["output"], s["seed"]), "--output runs/demo"),
-    "train": Command("train", TRAIN, "fine-tune a model on your own groups, and see whether it got better", train, f"{_GROUPS} --model intfloat/e5-small-v2 --output runs/first --forgetting --merge"),
-    "merge": Command("train", MERGE, "mix several models into one (LM-Cocktail), or an adapter into its base", lambda s, c: run_merge(s), "--model intfloat/e5-small-v2 runs/first/model --weights 0.3 0.7 --output mix"),
-    "evaluate": Command("judge", EVALUATE, "measure a model on your own groups", evaluate, "--model runs/first/model --groups test.jsonl --corpus corpus.jsonl --output measured"),
-    "compare": Command("judge", COMPARE, "is it better than it was? (runs, evaluations, rankings, or models)", lambda s, c: run_compare(s), "--before intfloat/e5-small-v2 --after runs/first/model --groups test.jsonl --corpus corpus.jsonl"),
-    "report": Command("judge", REPORT, "write a page from a run, or from two evaluations", run_report, "--run runs/first --output page.html"),
-    "msmarco": Command("judge", MSMARCO, "measure on MS MARCO as FlagEmbedding's eval_msmarco does", msmarco, "--encoder BAAI/bge-base-en-v1.5 --output measured"),
+    "audit": Command("data", AUDIT, "what is wrong with your groups, and where", lambda s, c: run_audit(s), "train.jsonl --test test.jsonl --corpus corpus.jsonl"),
+    "convert": Command("data", CONVERT, "read any dialect, write another", lambda s, c: run_convert(s), "train.jsonl --output bge.jsonl --write-as bge"),
+    "split": Command("data", SPLIT, "part your groups into train, dev and test without a leak", lambda s, c: run_split(s), "all.jsonl --output data"),
+    "mine": Command("negatives and teachers", MINE, "find hard negatives for your own groups", lambda s, c: run_mine(s), "train.jsonl --output mined.jsonl --model intfloat/e5-small-v2 --number 7"),
+    "score": Command("negatives and teachers", SCORE, "write a teacher's scores into your own groups", lambda s, c: run_score(s), "mined.jsonl --output scored.jsonl --model BAAI/bge-reranker-v2-m3"),
+    "embed": Command("negatives and teachers", EMBED, "compute a teacher's vectors of your own groups", lambda s, c: run_embed(s), "train.jsonl --output teacher --model BAAI/bge-large-en-v1.5"),
+    "demo": Command("train", DEMO, "run the embedded example: a general model learns patients' words", lambda s, c: demo(s["output"], s["seed"]), "--output runs/demo", ()),
+    "train": Command("train", TRAIN, "fine-tune a model on your own groups, and see whether it got better", train, "train.jsonl --model intfloat/e5-small-v2 --output runs/first --forgetting --merge"),
+    "merge": Command("train", MERGE, "mix several models into one (LM-Cocktail), or an adapter into its base", lambda s, c: run_merge(s), "intfloat/e5-small-v2 runs/first/model --weights 0.3 0.7 --output mix", ("model",)),
+    "evaluate": Command("judge", EVALUATE, "measure a model on your own groups", evaluate, "test.jsonl --model runs/first/model --corpus corpus.jsonl --output measured"),
+    "compare": Command("judge", COMPARE, "is it better than it was? (runs, evaluations, rankings, or models)", lambda s, c: run_compare(s), "intfloat/e5-small-v2 runs/first/model --groups test.jsonl --corpus corpus.jsonl", ("before", "after")),
+    "report": Command("judge", REPORT, "write a page from a run, or from two evaluations", run_report, "runs/first --output page.html", ("run",)),
+    "msmarco": Command("judge", MSMARCO, "measure on MS MARCO as FlagEmbedding's eval_msmarco does", msmarco, "--encoder BAAI/bge-base-en-v1.5 --output measured", ()),
     "config": Command("beside", CONFIG, "write a configuration for accelerate", config, "fsdp > fsdp.yaml"),
     "completion": Command("beside", COMPLETION, "let bash or zsh complete commands and options", completion, "bash >> ~/.bashrc"),
 }
@@ -197,14 +197,15 @@ def _layout(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_po
 def parser():
     "The command line as argparse sees it."
     from nixietune import __version__
-    top = argparse.ArgumentParser("nixietune", usage="nixietune COMMAND [settings.yaml] [--option value ...]", description=overview(), formatter_class=_layout)
+    top = argparse.ArgumentParser("nixietune", usage="nixietune COMMAND [settings.yaml] [file ...] [--option value ...]", description=overview(), formatter_class=_layout)
     top.add_argument("--version", action="version", version=f"nixietune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command", help=argparse.SUPPRESS)
     for name, c in COMMANDS.items():
         simple = any(o.name == "name" for o in c.options)
-        one = commands.add_parser(name, usage=f"nixietune {name} {'[name]' if simple else '[settings.yaml]'} [--option value ...]",
+        alone = " ".join(f"[{o}]" for o in (["name"] if simple else ["settings.yaml", " ".join(c.takes)]) if o)
+        one = commands.add_parser(name, usage=f"nixietune {name} {alone} [--option value ...]",
                                   description=c.help[0].upper() + c.help[1:] + ".", epilog=_epilog(name), formatter_class=_layout)
-        if not simple: one.add_argument("file", nargs="?", help="a YAML or JSON file with the same settings")
+        if not simple: one.add_argument("files", nargs="*", metavar=" ".join(c.takes) or "settings.yaml", help=(f"{' and '.join(c.takes)} may stand without an option; " if c.takes else "") + "a YAML or JSON file holds any of these settings")
         grouped = {part: [o for o in options if o in c.options] for part, options in TRAIN_PARTS.items()} if name == "train" else {}
         for o in c.options:
             if not any(o in options for options in grouped.values()): _add_option(one, o)
@@ -233,6 +234,22 @@ def _done(name, settings, command):
     return int(isinstance(found, dict) and bool(found.get("failed")))
 
 
+def _stand_alone(name, files, typed):
+    "Files without an option: what the command is about, which goes to its options, and settings, which are returned."
+    takes, data = COMMANDS[name].takes, [o for o in files if not may_hold_settings(o)]
+    settings = [o for o in files if o not in data]
+    if len(settings) > 1: raise InputError(f"two files of settings, {' and '.join(settings[:2])}", name, "one")
+    if not data: return next(iter(settings), None)
+    if not takes: raise InputError(f"{data[0]!r}", name, "options, or a file of settings: .yaml, .yml or .json")
+    if given := [o for o in takes if typed.get(o) is not None]: raise InputError(f"{data[0]!r} beside --{given[0]}", name, "one or the other")
+    many = {o.name for o in COMMANDS[name].options if o.many}
+    if len(data) < len(takes): raise InputError(f"{data[0]!r} alone", name, " and ".join(takes))
+    if len(data) > len(takes) and takes[-1] not in many: raise InputError(f"{data[len(takes)]!r} beside {data[0]!r}", name, f"one {takes[-1]}")
+    parts = [*([o] for o in data[:len(takes) - 1]), data[len(takes) - 1:]]
+    typed |= {k: v if k in many else v[0] for k, v in zip(takes, parts)}
+    return next(iter(settings), None)
+
+
 def _run(argv, command):
     "What was typed, in our words or in another system's. The exit code."
     if argv[:1] and argv[0] in SYSTEMS and {"-h", "--help"} & {*argv}: return print(rules_help(argv[0], _columns())) or 0
@@ -243,7 +260,8 @@ def _run(argv, command):
         return _done(argv[0], settings, command)
     typed = vars(parser().parse_args([_dashed(o) for o in argv] or ["--help"]))
     name = typed.pop("command")
-    return _done(name, read_settings(COMMANDS[name].options, typed.pop("file", None), typed), command)
+    file = _stand_alone(name, typed.pop("files", []), typed)
+    return _done(name, read_settings(COMMANDS[name].options, file, typed), command)
 
 
 def main(

@@ -17,6 +17,7 @@ from .display import say, Table
 from .evaluation import chosen_queries, Evaluation, metric_label
 from .plots import BLUE, GREY, ORANGE, plot_changes
 from .texts import components, normal_form
+from .values import counted
 
 # %% ../nbs/32_comparison.ipynb #7441ed48
 def paired(
@@ -204,10 +205,11 @@ def verdict_of(
 ) -> str:
     "The comparison in a sentence."
     (low, high), (wins, losses, ties), n = interval, counts, sum(counts)
-    units, what = drawn or (n, "queries")
-    few = f" Only {units:,} {what}: with so few, only a large difference can be shown."*(units < FEW)
+    asked = counted(n, "query")
+    units, some = (drawn[0], f"{drawn[0]:,} {drawn[1]}") if drawn else (n, asked)
+    few = f" Only {some}: with so few, only a large difference can be shown."*(units < FEW)
     if not wins and not losses and not (low or high):
-        return f"No difference: {label} is {after:.3f} before and after, the same for each of {n:,} queries.{few}"
+        return f"No difference: {label} is {after:.3f} before and after, the same for {'the only query' if n == 1 else f'each of {asked}'}.{few}"
     outcome = outcome_of(interval, p_value, confidence)
     (head, verb), digits = _HEADS[outcome], _digits(after - before, low, high)
     value, change = lambda o: f"{o:.{digits}f}", lambda o: f"{o:+.{digits}f}"
@@ -215,10 +217,10 @@ def verdict_of(
     if outcome == "no difference":
         why = ", which includes zero" if low <= 0 <= high else f", but p = {p_value:.2g} in the sign-flip test"
         could = "" if isnan(smallest) else f" A true difference of {value(smallest)} would have been shown here {_often(power)}."
-    over = f", resampled by {units:,} {what}" if drawn else ""
+    over = f", resampled by {some}" if drawn else ""
     return (f"{head}: {label} {verb} from {value(before)} to {value(after)} ({change(after - before)}, "
             f"{100*confidence:.4g}% interval {change(low)} to {change(high)}{why}; "
-            f"{n:,} queries: {wins:,} better, {losses:,} worse, {ties:,} unchanged{over}).{could}{few}")
+            f"{asked}: {wins:,} better, {losses:,} worse, {ties:,} unchanged{over}).{could}{few}")
 
 # %% ../nbs/32_comparison.ipynb #596de2a7
 @dataclass(repr=False)
@@ -375,7 +377,7 @@ def compare(
                          main["could show"], drawn and (len(sums), "clusters"), power)
     for more in _more_said(runs, len(d), chosen): verdict = f"{verdict} {more}"
     if chosen: say(more)
-    table = Table(rows, f"{len(d):,} queries over {second.info['documents']:,} documents", _note(power, len(runs), len(rows), drawn), _FORMATS)
+    table = Table(rows, f"{counted(len(d), 'query')} over {second.info['documents']:,} documents", _note(power, len(runs), len(rows), drawn), _FORMATS)
     return Comparison(metric, float(d.mean()), interval, confidence, main["p"], *counts, verdict, table, per_query,
                       main["could show"], len(sums) if drawn else None, runs, chosen)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JSON', 'TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'TRAIN_PARTS', 'OURS', 'LOSSES', 'Option', 'read_value', 'field_names',
-           'plain_value', 'read_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of', 'corpus_for',
-           'model_of', 'in_context_of', 'arguments_of', 'run_settings', 'measured_heads', 'probes_of',
+           'plain_value', 'read_settings', 'may_hold_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of',
+           'corpus_for', 'model_of', 'in_context_of', 'arguments_of', 'run_settings', 'measured_heads', 'probes_of',
            'measured_beside', 'check_after']
 
 # %% ../nbs/88_settings.ipynb #b655351b
@@ -215,6 +215,18 @@ def _assignments(given):
     return {name: value for name, _, value in pairs}
 
 
+_ENDINGS = (".yaml", ".yml", ".json")
+
+
+def may_hold_settings(
+    path, # of a file
+) -> bool:
+    "Is it YAML or JSON, and no list of rows?"
+    path = Path(path)
+    if path.suffix != ".json" or not path.is_file(): return path.suffix in _ENDINGS
+    with open(path, encoding="utf-8-sig", errors="replace") as file: return not file.read(100).lstrip().startswith("[")
+
+
 def read_file(
     path, # a .yaml, .yml or .json file
 ) -> dict: # name -> value, as they stand there
@@ -222,7 +234,7 @@ def read_file(
     import yaml
     path = Path(path)
     if not path.is_file(): raise InputError("no such file", str(path), "a YAML or JSON file of settings")
-    if path.suffix not in (".yaml", ".yml", ".json"): raise InputError(f"the file ends in {path.suffix!r}", str(path), "a file of settings: .yaml, .yml or .json; data go by --groups and the like")
+    if path.suffix not in _ENDINGS: raise InputError(f"the file ends in {path.suffix!r}", str(path), "a file of settings: .yaml, .yml or .json; data go by --groups and the like")
     try: settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"cannot be read: {error}", str(path), "YAML or JSON in UTF-8") from None
     if not isinstance(settings, dict): raise InputError("holds no settings", str(path), "lines such as 'epochs: 1'")

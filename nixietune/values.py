@@ -7,7 +7,7 @@ __all__ = ['MISSING', 'KINDS', 'text_id', 'kind_of', 'check_text', 'check_unicod
            'check_list', 'shape_of', 'field_name', 'counted']
 
 # %% ../nbs/03_values.ipynb #5f8dd67b
-import hashlib, math
+import hashlib, math, re
 from itertools import islice
 from numbers import Real
 from .core import InputError
@@ -125,7 +125,8 @@ def counted(
     number:int, # how many
     thing:str, # of what, in the singular
 ) -> str:
-    "A number and a noun: 1 row, 2 rows."
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    "A number and a noun: 1 row, 2 rows, 3 queries."
+    more = re.sub("([^aeiou])y$", r"\1ie", thing) + "s"
+    return f"{number:,} {thing if number == 1 else more}"
 
 

@@ -316,7 +316,21 @@ def test_run_files(name, capsys):
     option = next(o for o in COMMANDS[name].options if o.kind is not str and not o.many)
     Path("s.yaml").write_text(f"{option.name}: [maybe]\n")
     assert main([name, "s.yaml"]) == 2 and f"s.yaml: {option.name} is ['maybe']" in capsys.readouterr().err
-    assert main([name, "train.jsonl"]) == 2 and "data go by --groups" in capsys.readouterr().err
+    assert main([name, "s.yaml", "s.json"]) == 2 and "two files of settings" in capsys.readouterr().err
+
+
+def test_what_stands_without_an_option(capsys):
+    "Groups, what was and what is now, a run: with or without their options the same; too many and too few are errors."
+    reports = []
+    for words in (["all.jsonl"], ["--groups", "all.jsonl"]):
+        assert main(["audit", *words, "--json", "--rows", "0"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
+    Path("list.json").write_text(json.dumps([{"query": "q", "pos": ["a red bird"]}]))
+    assert main(["convert", "list.json", "--output", "list.jsonl"]) == 0 and Path("list.jsonl").exists()
+    for words, expected in (("compare a", "'a' alone; expected before and after"), ("report a b", "one run"), ("demo x.jsonl", "options, or a file of settings"), ("audit a.jsonl --groups b.jsonl", "'a.jsonl' beside --groups")):
+        assert main(words.split()) == 2 and expected in capsys.readouterr().err
+    assert main(["compare", "a", "b"]) == 2 and "--before" not in capsys.readouterr().err
 
 
 def test_a_run_file():
