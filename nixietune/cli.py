@@ -193,7 +193,7 @@ def _add_option(place, o):
 
 def _layout(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_columns())
 
-
+# %% ../nbs/90_cli.ipynb #c9cf51e1
 def parser():
     "The command line as argparse sees it."
     from nixietune import __version__
@@ -216,7 +216,23 @@ def parser():
     for name, system in SYSTEMS.items(): commands.add_parser(name, help=_theirs(system), add_help=False)
     return top
 
-# %% ../nbs/90_cli.ipynb #c9cf51e1
+# %% ../nbs/90_cli.ipynb #aee782f6
+def _stand_alone(name, files, typed):
+    "Files without an option: what the command is about, which goes to its options, and settings, which are returned."
+    takes, data = COMMANDS[name].takes, [o for o in files if not may_hold_settings(o)]
+    settings = [o for o in files if o not in data]
+    if len(settings) > 1: raise InputError(f"two files of settings, {' and '.join(settings[:2])}", name, "one")
+    if not data: return next(iter(settings), None)
+    if not takes: raise InputError(f"{data[0]!r}", name, "options, or a file of settings: .yaml, .yml or .json")
+    if given := [o for o in takes if typed.get(o) is not None]: raise InputError(f"{data[0]!r} beside --{given[0]}", name, "one or the other")
+    many = {o.name for o in COMMANDS[name].options if o.many}
+    if len(data) < len(takes): raise InputError(f"{data[0]!r} alone", name, " and ".join(takes))
+    if len(data) > len(takes) and takes[-1] not in many: raise InputError(f"{data[len(takes)]!r} beside {data[0]!r}", name, f"one {takes[-1]}")
+    parts = [*([o] for o in data[:len(takes) - 1]), data[len(takes) - 1:]]
+    typed |= {k: v if k in many else v[0] for k, v in zip(takes, parts)}
+    return next(iter(settings), None)
+
+# %% ../nbs/90_cli.ipynb #af369007
 def _dashed(word):
     "An option as argparse knows it: `--batch_size` is `--batch-size`."
     name, sign, value = word.partition("=")
@@ -232,22 +248,6 @@ def _done(name, settings, command):
         plain = found.summary() if hasattr(found, "summary") else found or {}
         if first_process(): print(json.dumps(plain, ensure_ascii=False))
     return int(isinstance(found, dict) and bool(found.get("failed")))
-
-
-def _stand_alone(name, files, typed):
-    "Files without an option: what the command is about, which goes to its options, and settings, which are returned."
-    takes, data = COMMANDS[name].takes, [o for o in files if not may_hold_settings(o)]
-    settings = [o for o in files if o not in data]
-    if len(settings) > 1: raise InputError(f"two files of settings, {' and '.join(settings[:2])}", name, "one")
-    if not data: return next(iter(settings), None)
-    if not takes: raise InputError(f"{data[0]!r}", name, "options, or a file of settings: .yaml, .yml or .json")
-    if given := [o for o in takes if typed.get(o) is not None]: raise InputError(f"{data[0]!r} beside --{given[0]}", name, "one or the other")
-    many = {o.name for o in COMMANDS[name].options if o.many}
-    if len(data) < len(takes): raise InputError(f"{data[0]!r} alone", name, " and ".join(takes))
-    if len(data) > len(takes) and takes[-1] not in many: raise InputError(f"{data[len(takes)]!r} beside {data[0]!r}", name, f"one {takes[-1]}")
-    parts = [*([o] for o in data[:len(takes) - 1]), data[len(takes) - 1:]]
-    typed |= {k: v if k in many else v[0] for k, v in zip(takes, parts)}
-    return next(iter(settings), None)
 
 
 def _run(argv, command):
