@@ -357,7 +357,13 @@ def recognise(
     if votes: return _agreed(votes, [row for _, row in given], where)
     if any(isinstance(row, InputError) for _, row in rows) or not given: return None, ""
     line, row = given[0]
-    raise InputError(f"no known dialect: {shape_of(row)}", f"{where}:{line}", " or ".join(f"{o.name} {o.shape}" for o in DIALECTS.values()))
+    raise InputError(f"no known dialect: {shape_of(row)}", f"{where}:{line}", " or ".join(f"{o.name} {o.shape}" for o in DIALECTS.values()) + _named(row))
+
+
+def _named(row):
+    "How to say which column is which, with two names of this row."
+    names = [k for k, v in row.items() if isinstance(k, str) and isinstance(v, str)]
+    return f"; or columns={dict(zip(names, ('query', 'positive')))} to say which column is which" if len(names) > 1 else ""
 
 
 def _agreed(votes, rows, where):

@@ -16,8 +16,9 @@ from .core import check_folder, InputError, write_json_lines
 from .settings import corpus_for, EVALUATE, groups_of, JSON, Option, TRAIN
 
 # %% ../nbs/88c_preparing.ipynb #a7529c44
+_COLUMNS = Option("columns", str, "names of your columns and what they are, as in Frage=query Antwort=positive", many=True)
 AUDIT = [
-    *READS, Option("corpus", str, "documents that are searched: is every positive among them?"),
+    *READS, _COLUMNS, Option("corpus", str, "documents that are searched: is every positive among them?"),
     Option("dev", str, "groups to choose on: what do they share with the others?", many=True), Option("test", str, "groups to judge on, likewise", many=True), *options_of(TRAIN, "dev_split", "test_split"),
     Option("model", str, "an encoder: lengths are counted in its tokens, and negatives that it finds better than the positive are listed"),
     Option("max_length", int, "what would be cut at so many tokens, or words where no model is given? the model's own length without it", least=1),
@@ -25,12 +26,12 @@ AUDIT = [
     Option("output", str, "a .jsonl file for all offending rows"), WRITES[1],
     Option("fail_on", str, "exit code 1 from this severity on: 'error', 'warning', 'note', or 'never'", "error"), JSON]
 CONVERT = [
-    *READS, Option("queries", str, "with qrels and corpus: a file of queries, .jsonl or .tsv"), Option("qrels", str, "a file of judgments, .tsv, .txt or .jsonl"), Option("corpus", str, "a file of documents"),
+    *READS, _COLUMNS, Option("queries", str, "with qrels and corpus: a file of queries, .jsonl or .tsv"), Option("qrels", str, "a file of judgments, .tsv, .txt or .jsonl"), Option("corpus", str, "a file of documents"),
     Option("output", str, "the file to write, .jsonl, .jsonl.gz or .jsonl.zst; a folder for beir"),
     Option("write_as", str, "'nixietune' (which holds everything), 'nixietune-lists', 'nixietune-flat', 'bge', 'rag', 'columns', 'texts', or 'beir' for a test collection", "nixietune"),
     Option("judgments", str, "name of the judgments in a test collection", "test"), WRITES[1], JSON]
 SPLIT = [
-    *READS, Option("output", str, "a folder for the parts"),
+    *READS, _COLUMNS, Option("output", str, "a folder for the parts"),
     Option("fractions", float, "how much goes into each part; 0.8 0.1 0.1 without it", many=True, above=0),
     Option("names", str, "what the parts are called; train dev test, or train test, without it", many=True),
     *options_of(TRAIN, "split_by"), Option("near", float, "texts of this similarity count as the same; 0: only equal texts", 0.8, least=0),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JSON', 'TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'TRAIN_PARTS', 'OURS', 'LOSSES', 'Option', 'read_value', 'field_names',
-           'plain_value', 'read_settings', 'may_hold_settings', 'read_file', 'read_loss', 'objective_of', 'groups_of',
-           'corpus_for', 'model_of', 'in_context_of', 'arguments_of', 'run_settings', 'measured_heads', 'probes_of',
-           'measured_beside', 'check_after']
+           'plain_value', 'may_hold_settings', 'read_file', 'read_settings', 'assignments', 'read_loss', 'objective_of',
+           'groups_of', 'corpus_for', 'model_of', 'in_context_of', 'arguments_of', 'run_settings', 'measured_heads',
+           'probes_of', 'measured_beside', 'check_after']
 
 # %% ../nbs/88_settings.ipynb #b655351b
 import ast, os, re
@@ -192,29 +192,6 @@ def plain_value(
     return value
 
 # %% ../nbs/88_settings.ipynb #a764f013
-def read_settings(
-    options, # list of `Option`
-    file=None, # a .yaml, .yml or .json file
-    typed=None, # what was typed: name -> value; it wins
-) -> dict: # name -> value, for every option; fields of `TrainingArguments` under "arguments"
-    "The settings of a run, from a file and from what was typed."
-    typed, known, found = dict(typed or {}), {o.name: o for o in options}, read_file(file) if file else {}
-    more = {k: v for k, v in found.items() if k not in known} | _assignments(typed.pop("set", None)) | typed.pop("arguments", {})
-    takes = field_names() if more and options is TRAIN else set()
-    for name in more:
-        if name not in takes: raise InputError(f"no setting {name!r}", str(file or "--set"), f"{OURS[name]!r}" if name in OURS else ", ".join(known) + (", or a field of TrainingArguments" if takes else ""))
-    found = {k: read_value(known[k], v, str(file)) for k, v in found.items() if k in known}
-    own = {name: read_value(o, typed[name], "command line") if typed.get(name) is not None else found.get(name, o.default) for name, o in known.items()}
-    return own | ({"arguments": {k: plain_value(v) for k, v in more.items()}} if options is TRAIN else {})
-
-
-def _assignments(given):
-    "name=value, as typed after --set."
-    pairs = [o.partition("=") for o in given or []]
-    if bad := [name for name, sign, _ in pairs if not sign]: raise InputError(f"{bad[0]!r}", "--set", "name=value, as in logging_steps=10")
-    return {name: value for name, _, value in pairs}
-
-
 _ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -239,6 +216,32 @@ def read_file(
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"cannot be read: {error}", str(path), "YAML or JSON in UTF-8") from None
     if not isinstance(settings, dict): raise InputError("holds no settings", str(path), "lines such as 'epochs: 1'")
     return settings
+
+# %% ../nbs/88_settings.ipynb #a9162573
+def read_settings(
+    options, # list of `Option`
+    file=None, # a .yaml, .yml or .json file
+    typed=None, # what was typed: name -> value; it wins
+) -> dict: # name -> value, for every option; fields of `TrainingArguments` under "arguments"
+    "The settings of a run, from a file and from what was typed."
+    typed, known, found = dict(typed or {}), {o.name: o for o in options}, read_file(file) if file else {}
+    more = {k: v for k, v in found.items() if k not in known} | assignments(typed.pop("set", None)) | typed.pop("arguments", {})
+    takes = field_names() if more and options is TRAIN else set()
+    for name in more:
+        if name not in takes: raise InputError(f"no setting {name!r}", str(file or "--set"), f"{OURS[name]!r}" if name in OURS else ", ".join(known) + (", or a field of TrainingArguments" if takes else ""))
+    found = {k: read_value(known[k], v, str(file)) for k, v in found.items() if k in known}
+    own = {name: read_value(o, typed[name], "command line") if typed.get(name) is not None else found.get(name, o.default) for name, o in known.items()}
+    return own | ({"arguments": {k: plain_value(v) for k, v in more.items()}} if options is TRAIN else {})
+
+
+def assignments(
+    given, # what stands after an option, or None
+    name="set", # the option
+) -> dict: # name -> value
+    "name=value, as typed after --set."
+    pairs = [o.partition("=") for o in given or []]
+    if bad := [name for name, sign, _ in pairs if not sign]: raise InputError(f"{bad[0]!r}", f"--{name}", "name=value, as in " + ("logging_steps=10" if name == "set" else "Frage=query Antwort=positive"))
+    return {name: value for name, _, value in pairs}
 
 # %% ../nbs/88_settings.ipynb #013e8676
 LOSSES = ("InfoNCE", "Cosine", "Contrastive", "Triplet", "CoSENT", "KL", "BatchKL", "M3KD", "MarginMSE", "DistillVectors")
@@ -306,7 +309,8 @@ def groups_of(
     if not settings[name]: return None
     split = settings["split" if name == "groups" else f"{name}_split"]
     rules = {o.name: settings[o.name] for o in _RULES if name == "groups" and settings.get(o.name)}
-    found = load_groups(settings[name], settings["dialect"], split=split, threshold=settings["threshold"], on_error=settings["on_error"], **rules)
+    columns = assignments(settings.get("columns"), "columns") if name == "groups" else None
+    found = load_groups(settings[name], settings["dialect"], split=split, columns=columns or None, threshold=settings["threshold"], on_error=settings["on_error"], **rules)
     if settings["on_error"] == "raise": return found
     groups, faults = found
     for o in faults.rows[:20]: say(f"  {o['where']}: {o['what']}; expected {o['expected']}")

@@ -328,6 +328,9 @@ def test_what_stands_without_an_option(capsys):
     assert reports[0] == reports[1]
     Path("list.json").write_text(json.dumps([{"query": "q", "pos": ["a red bird"]}]))
     assert main(["convert", "list.json", "--output", "list.jsonl"]) == 0 and Path("list.jsonl").exists()
+    Path("faq.csv").write_text("Frage,Antwort\nwo,hier\n")
+    assert main(["convert", "faq.csv", "--columns", "Frage=query", "Antwort=positive", "--output", "faq.jsonl"]) == 0 and json.loads(Path("faq.jsonl").read_text())["query"] == "wo"
+    assert main(["convert", "faq.csv", "--columns", "Frage", "--output", "x.jsonl"]) == 2 and "--columns: 'Frage'; expected name=value" in capsys.readouterr().err.splitlines()[-1].replace("nixietune: ", "")
     for words, expected in (("compare a", "'a' alone; expected before and after"), ("report a b", "one run"), ("demo x.jsonl", "options, or a file of settings"), ("audit a.jsonl --groups b.jsonl", "'a.jsonl' beside --groups")):
         assert main(words.split()) == 2 and expected in capsys.readouterr().err
     assert main(["compare", "a", "b"]) == 2 and "--before" not in capsys.readouterr().err
