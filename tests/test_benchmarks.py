@@ -1,9 +1,12 @@
 "Every benchmark runs, small: its figures mean nothing then, but none of them is left untried."
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parents[1]
 
@@ -15,6 +18,24 @@ def run(tmp_path, name, *options):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-3000:]
     return done.stdout, json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    "The same in this process, where a benchmark starts none of its own: what it imports is there already."
+    import torch
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(HERE / "benchmarks")
+    monkeypatch.setenv("NIXIETUNE_CACHE", str(tmp_path / "cache"))
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--tiny", "--json", str(tmp_path / "out.json")])
+        runpy.run_path(str(HERE / "benchmarks" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def test_training(tmp_path):
@@ -34,21 +55,21 @@ def test_losses(tmp_path): assert len(run(tmp_path, "losses")[1]["rows"]) == 2
 def test_data(tmp_path): assert [row["rows"] for row in run(tmp_path, "data")[1]["rows"]] == [500] * 4
 
 
-def test_shortcuts(tmp_path): assert {o["way"] for o in run(tmp_path, "shortcuts", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
+def test_shortcuts(here): assert {o["way"] for o in here("shortcuts", "--seeds", "1")[1]["runs"]} == {"as usual", "attention weights not dropped", "groups of like lengths together"}
 
 
-def test_quality(tmp_path):
+def test_quality(here, tmp_path):
     "What was run is not run again; every query of every reported run is in the file."
     options = ("--seeds", "1", "--work", str(tmp_path / "work"))
-    found = run(tmp_path, "quality", "negatives", "--arms", "none", "filtered", *options)[1]["runs"]
+    found = here("quality", "negatives", "--arms", "none", "filtered", *options)[1]["runs"]
     assert [o["config"].get("arm") for o in found] == [None, None, "none", "filtered", "none", "filtered"]
-    said, whole = run(tmp_path, "quality", "merging", *options)
+    said, whole = here("quality", "merging", *options)
     assert whole["runs"][:len(found)] == found and {o["config"].get("what") for o in whole["runs"]} == {None, "tuned", "merged"}
     assert all(len(o["each"].split()) == 40 for o in whole["runs"] if "test" in o) and said.count("merged") >= 4
 
 
-def test_choosing(tmp_path):
-    found = run(tmp_path, "choosing", "--work", str(tmp_path / "work"))[1]
+def test_choosing(here, tmp_path):
+    found = here("choosing", "--work", str(tmp_path / "work"))[1]
     assert len(found["runs"]) > 3
 
 
@@ -76,11 +97,11 @@ def test_m3(tmp_path):
     assert found["ours"]["loss"] > 0 and [*found] == ["ours"]
 
 
-def test_heads(tmp_path):
-    found = run(tmp_path, "heads")[1]
+def test_heads(here):
+    found = here("heads")[1]
     assert [o["similarity"] for o in found["rows"]] == ["dense", "lexical", "multi", "mix", "dense, trained alone"] and len(found["beside"]) == 2
 
 
-def test_tuning(tmp_path):
-    found = run(tmp_path, "tuning", "--seeds", "1")[1]
+def test_tuning(here):
+    found = here("tuning", "--seeds", "1")[1]
     assert len(found["trials"]) >= 3 and [*found["test"]] == ["tuned", "recipe"] and len(found["test"]["recipe"]["ndcg@10"]) == 2
