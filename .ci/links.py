@@ -1,4 +1,4 @@
-"Every link of the built site into itself must lead somewhere: `python .ci/links.py _docs`."
+"Every link of the built site into itself must lead somewhere, and must have become one: `python .ci/links.py _docs`."
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -6,18 +6,26 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 from nbdev.config import get_config
 
+VERBATIM = {"code", "pre", "script", "style"}
+
 
 class Page(HTMLParser):
-    "The ids of a page and what it links to."
+    "The ids of a page, what it links to, and links that stand there in Markdown: nbdev makes one of a name in backticks, inside another, too."
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links = {"", "top"}, set()
+        self.ids, self.links, self.raw, self.code = {"", "top"}, set(), [], 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
+        self.code += tag in VERBATIM
         for key, value in attrs:
             if key in {"id", "name"}: self.ids.add(value)
             if key in {"href", "src"} and value: self.links.add(value)
+
+    def handle_endtag(self, tag): self.code -= tag in VERBATIM
+
+    def handle_data(self, data):
+        if "](" in data and not self.code: self.raw.append(data.strip()[:60])
 
 
 def leads_to(path, link):
@@ -38,5 +46,6 @@ for path, page in pages.items():
         target, anchor = leads_to(path, link)
         if target and (not target.exists() or target in pages and anchor not in pages[target].ids):
             broken.append(f"{path.relative_to(root)}: {link} leads nowhere")
+    broken += [f"{path.relative_to(root)}: {text!r} is no link" for text in page.raw]
 print(*broken, f"{len(pages)} pages, {len(broken)} broken links", sep="\n")
 sys.exit(bool(broken) or not pages)
