@@ -49,9 +49,15 @@ def refuse(
         usual = o.default_factory() if o.default is MISSING else o.default
         if getattr(args, o.name) != usual: raise InputError(f"{o.name}={getattr(args, o.name)!r}", "TrainingArguments", f"its default: {REFUSED[o.name]}")
 
+# %% ../nbs/59_arguments.ipynb #b8eb8aad
+class _WarmingUp(SentenceTransformerTrainingArguments):
+    def get_warmup_steps(self, num_training_steps):
+        "Steps of warm-up; none where their share is less than one."
+        return super().get_warmup_steps(num_training_steps) if self.warmup_steps*max(num_training_steps, 1) >= 1 else 0
+
 # %% ../nbs/59_arguments.ipynb #84448547
 @dataclass
-class TrainingArguments(SentenceTransformerTrainingArguments):
+class TrainingArguments(_WarmingUp):
     "sentence-transformers' arguments and ours; None means: as the recipe or the machine says."
     learning_rate: float|None = field(default=None, metadata={"help": "peak learning rate; by the recipe without it"})
     per_device_train_batch_size: int|None = field(default=None, metadata={"help": "queries a batch; by the recipe without it"})

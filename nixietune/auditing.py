@@ -146,7 +146,7 @@ class Finding:
         return plain | {"rows": [self.show(i) for i in range(min(self.count, 10))]}
 
     def __repr__(self):
-        return f"{self.severity + ':':9}{self.what} [{self.name}]\n{'':9}{self.meaning}\n{'':9}{self.advice}: {self.call}"
+        return f"{self.severity + ':':9}{self.what} [{self.name}]\n{'':9}{self.meaning}\n{'':9}{self.advice}: nt.{self.call}"
 
     def _repr_html_(self): return f"<pre>{escape(repr(self))}</pre>" + self.rows._repr_html_()
 
@@ -874,7 +874,7 @@ class Audit:
         return "\n\n".join([*map(repr, self.tables()), *found])
 
     def _repr_html_(self):
-        rows = [{"": o.severity, "name": o.name, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": o.call}
+        rows = [{"": o.severity, "name": o.name, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": f"nt.{o.call}"}
             for o in self.findings]
         last = Table(rows, counted(len(rows), "finding"), "the rows of each are in audit(...)[name].rows") if rows else Table(
             [{"": "Nothing was found that is wrong."}])

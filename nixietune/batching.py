@@ -277,7 +277,8 @@ def shortages(
     positive, own, n = counts(arrays, POS), counts(arrays, OWN), len(arrays.query)
     if bare := int((positive == 0).sum()): yield f"{bare:,} of {n:,} groups have no positive: a loss that contrasts learns nothing from them"
     if lost := int((arrays.alone & (own == 0)).sum()): yield f"{lost:,} of {n:,} groups look at their own documents only (type no_in_batch_neg) and have no negative: a loss that contrasts learns nothing from them"
-    if negatives and own.any() and (few := int((own < np.where(arrays.one_negative, 1, negatives)).sum())):
+    if negatives and 0 < own.min(initial=negatives) == own.max(initial=0) < negatives: yield f"every group has {own.min()} of its own negatives; at most {negatives} of them would be drawn"
+    elif negatives and own.any() and (few := int((own < np.where(arrays.one_negative, 1, negatives)).sum())):
         yield f"{few:,} of {n:,} groups have fewer than {negatives} negatives of their own ({int((own == 0).sum()):,} have none): they are used as they are"
 
 # %% ../nbs/60_batching.ipynb #c6a896b8

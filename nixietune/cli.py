@@ -270,9 +270,18 @@ def main(
     "The command `nixietune`."
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait shall not burn the processor
     argv = sys.argv[1:] if argv is None else argv
-    try: return _run(argv, shlex.join(["nixietune", *argv]))
+    try:
+        code = _run(argv, shlex.join(["nixietune", *argv]))
+        sys.stdout.flush()
+        return code
     except (InputError, ImportError, FloatingPointError) as error:
         print(f"nixietune: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains once more when it ends
+        return 141 # as a program that SIGPIPE ends: nobody reads on, as with | head
+    except OSError as error:
+        print(f"nixietune: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nixietune: stopped", file=sys.stderr)

@@ -66,10 +66,11 @@ def need(
 def check_folder(
     path:str|Path, # a folder to write to; it need not be there yet
 ) -> Path:
-    "An `InputError` where a file stands in the way."
+    "An `InputError` where a file stands in the way, or nothing may be written."
     path = Path(path)
     there = next((o for o in (path, *path.parents) if o.exists()), path)
     if there.is_file(): raise InputError("is a file", str(there), "a folder to write to, or a name that is free")
+    if there.exists() and not os.access(there, os.W_OK): raise InputError("cannot be written to", str(there), "a folder that you may write to")
     return path
 
 

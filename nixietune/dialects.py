@@ -233,7 +233,7 @@ def read_columns(
     row:dict, # {anchor or query, positive, negative?, negative_1?, ..., score or label?} or {sentence1, sentence2, score or label?}
 ) -> dict:
     "A record from a row of columns."
-    first, second = ("sentence1", "sentence2") if "sentence1" in row else ("anchor" if row.get("anchor") is not None else "query", "positive")
+    first, second = ("sentence1", "sentence2") if "sentence1" in row else ("anchor" if row.get("anchor") is not None or "query" not in row and "anchor" in row else "query", "positive")
     numbered = {k: NEGATIVE.fullmatch(str(k)) for k in row if row[k] is not None}
     names = sorted((k for k, found in numbered.items() if found), key=lambda k: int(numbered[k][1] or 0))
     others = {"sentence1", "sentence2", "anchor", "query", "positive"} - {first, second}

@@ -13,6 +13,7 @@ __all__ = ['PACKABLE', 'LAYOUTS', 'BUDGET', 'DTYPES', 'PACKAGED', 'POOLING', 'wh
 import copy, importlib.util, os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -464,7 +465,7 @@ def load_encoder(
     try:
         with hushed(): model = SentenceTransformer(path, device=device, **kwargs)
     except OSError as error:
-        raise InputError(f"cannot be loaded, {str(error).splitlines()[0]}", path, "a folder with a model in it, or a name on the Hub") from error
+        raise InputError(f"cannot be loaded, {str(error).splitlines()[0]}", path, "a folder with a model in it, or a name on the Hub" + _meant(name)) from error
     set_prompts(model, recipe(path if recipe(path).family != "neutral" else model), prompts)
     if max_length is not None: set_max_length(model, max_length)
     if dropout is not None: set_dropout(model, dropout)
@@ -472,6 +473,12 @@ def load_encoder(
     if "instruction_format" in (prompts or {}): instruction_format(model)
     prepare(model, forward)
     return model
+
+
+def _meant(name):
+    "The packaged model whose name is nearly this one."
+    near = get_close_matches(str(name), PACKAGED, 1)
+    return f", such as {near[0]!r}, which is a package" if near else ""
 
 # %% ../nbs/21_encoder.ipynb #26d02bdd
 def set_prompts(

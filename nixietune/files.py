@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'PACKED', 'DECODER', 'COMMA', 'BETWEEN', 'NUMBERS', 'LISTS', 'READERS', 'SHOWN', 'kind_of_file',
            'open_bytes', 'unreadable', 'byte_lines', 'no_field_twice', 'not_utf8', 'parse_line', 'spread_object',
-           'json_lines', 'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'table_rows', 'arrow_rows',
-           'parquet_rows', 'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
+           'json_lines', 'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'separator_of', 'table_rows',
+           'arrow_rows', 'parquet_rows', 'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
 
 # %% ../nbs/05_files.ipynb #35225c71
 import csv, glob, gzip, io, json, re, zlib
@@ -215,30 +215,23 @@ def tab_cells(
     for line in lines: yield [bare(o) for o in line.rstrip("\r\n").split("\t")] if line.strip() else []
 
 # %% ../nbs/05_files.ipynb #493b74d4
-def table_rows(
-    path:Path, # a .csv or .tsv file, whose first line has the names of the columns
-): # yields (line number, dict or `InputError` or None)
-    "The rows of a CSV or TSV file; an empty cell is null."
-    csv.field_size_limit(LONGEST)
-    broken, line, names, expected = set(), 0, None, "cells in double quotes where they hold quotes, commas or line ends"
-    counted_lines = _Counted(decoded(path, broken))
-    reader = tab_cells(counted_lines) if kind_of_file(path) == ".tsv" else csv.reader(counted_lines, strict=True)
-    while True:
-        line = counted_lines.number + 1
-        try:
-            cells = next(reader, None)
-            if cells is None: return
-            if any(o in broken for o in range(line, counted_lines.number + 1)): raise InputError("a character here is not UTF-8", expected="a file saved as UTF-8")
-            if names is None:
-                names = cells
-                if len({*names}) < len(names): raise InputError("two columns have the same name", expected="each name once")
-            elif not cells: yield line, None
-            elif len(cells) != len(names): raise InputError(f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}", expected="as many")
-            else: yield line, {k: read_cell(k, c) for k, c in zip(names, cells)}
-        except csv.Error as error: yield line, InputError(f"not a table: {error}", expected=expected)
-        except InputError as error:
-            yield line, error
-            if line > counted_lines.number or len({*(names or ())}) < len(names or ()): return  # nothing comes any more, or nothing that means anything
+def separator_of(
+    names:str, # the line of names
+) -> str:
+    "What lies between the columns of a .csv: a comma; where there is none, a semicolon, as Excel writes it in half of Europe, or a tab."
+    return next((o for o in ",;\t" if len(next(csv.reader([names], delimiter=o), ())) > 1), ",")
+
+
+def _first_line(path):
+    "The line of names; what is wrong with it, whoever reads it will say."
+    try: return next(decoded(path, set()), "")
+    except InputError: return ""
+
+
+def _as_many(path, cells):
+    "What to do about a line with more or fewer cells than columns."
+    torn = kind_of_file(path) == ".tsv" and any(o.startswith('"') for o in cells)
+    return "as many" + "; where quotes hold line ends, a .csv, or the table of pd.read_csv(path, sep='\\t')"*torn
 
 
 class _Counted:
@@ -249,6 +242,32 @@ class _Counted:
         line = next(self.lines)
         self.number += 1
         return line
+
+# %% ../nbs/05_files.ipynb #cfdb55f2
+def table_rows(
+    path:Path, # a .csv or .tsv file, whose first line has the names of the columns
+): # yields (line number, dict or `InputError` or None)
+    "The rows of a CSV or TSV file; an empty cell is null."
+    csv.field_size_limit(LONGEST)
+    broken, line, names, expected = set(), 0, None, "cells in double quotes where they hold quotes, commas or line ends"
+    counted_lines = _Counted(decoded(path, broken))
+    reader = tab_cells(counted_lines) if kind_of_file(path) == ".tsv" else csv.reader(counted_lines, strict=True, delimiter=separator_of(_first_line(path)))
+    while True:
+        line = counted_lines.number + 1
+        try:
+            cells = next(reader, None)
+            if cells is None: return
+            if any(o in broken for o in range(line, counted_lines.number + 1)): raise InputError("a character here is not UTF-8", expected="a file saved as UTF-8, or the table of pd.read_csv(path, encoding=...): 'cp1252' for what Windows saves")
+            if names is None:
+                names = cells
+                if len({*names}) < len(names): raise InputError("two columns have the same name", expected="each name once")
+            elif not cells: yield line, None
+            elif len(cells) != len(names): raise InputError(f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}", expected=_as_many(path, cells))
+            else: yield line, {k: read_cell(k, c) for k, c in zip(names, cells)}
+        except csv.Error as error: yield line, InputError(f"not a table: {error}", expected=expected)
+        except InputError as error:
+            yield line, error
+            if line > counted_lines.number or len({*(names or ())}) < len(names or ()): return  # nothing comes any more, or nothing that means anything
 
 # %% ../nbs/05_files.ipynb #4b489c20
 def arrow_rows(
@@ -319,7 +338,7 @@ def find_files(
 def _why_none(one, some):
     "Why a path gives no file to read."
     if one.is_dir(): return "no data in this folder"
-    if one.is_file(): return f"a file of the kind {kind_of_file(one)!r} cannot be read"
+    if one.is_file(): return f"a file of the kind {kind_of_file(one)!r} cannot be read" + " here (the table of pd.read_excel can)"*(kind_of_file(one) in (".xlsx", ".xls", ".ods"))
     return "no such file" if not glob.has_magic(str(one)) else "no file fits this pattern" if not some else "only files of other kinds fit this pattern"
 
 # %% ../nbs/05_files.ipynb #be0a2de0

@@ -68,8 +68,10 @@ def text_rows(
     "The rows of a file of documents or queries, each with an id and a text, or with a text."
     kind = kind_of_file(path)
     if kind == ".txt": return cell_rows(path, ("text",))
-    if kind == ".tsv" and not {*first_line(path).split("\t")} & {*texts}: return cell_rows(path, ("_id", "text"))
-    return rows_in(path)
+    cells = first_line(path).split("\t") if kind == ".tsv" else []
+    if not cells or {o.lower() for o in cells} & {o.lower() for o in texts}: return rows_in(path)
+    if len(cells) > 2: raise InputError(f"{len(cells)} columns without a name that is known: {', '.join(map(field_name, cells))}", str(path), f"a line of names with one of {', '.join(texts)}, or columns= to say which column is which; or an id and a text without names")
+    return cell_rows(path, ("_id", "text"))
 
 # %% ../nbs/08_judgments.ipynb #831477ef
 QUERY_IDS, QUERY_TEXTS = ("_id", "query_id", "id", "qid"), ("text", "query")

@@ -9,7 +9,7 @@ __all__ = ['JSON', 'TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'TRAIN_PARTS', 'OURS',
            'probes_of', 'measured_beside', 'check_after']
 
 # %% ../nbs/88_settings.ipynb #b655351b
-import ast, os, re
+import ast, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from .core import check_folder, check_range, InputError
@@ -404,13 +404,15 @@ def run_settings(
     settings, # of a training run
 ): # a `Result`; None where nothing is measured
     "Fine-tune as the settings say."
+    from nixietune.display import say
     from nixietune.experiments import finetune
     s, output = settings, Path(settings["output"])
     if not s["groups"]: raise InputError("no groups", "train", "--groups FILE, or 'groups:' in the settings file")
     check_folder(output)
     if s["cache"]: os.environ["NIXIETUNE_CACHE"] = s["cache"]
-    if any((output/o).exists() for o in ("metrics.json", "model")) and not (s["overwrite"] or s["resume"]):
-        raise InputError("already holds a run", str(output), "another --output, or --overwrite")
+    finished = any((output/o).exists() for o in ("metrics.json", "model"))
+    if finished and not (s["overwrite"] or s["resume"]): raise InputError("already holds a run", str(output), "another --output, or --overwrite")
+    if finished and not s["overwrite"]: return say(f"{output} holds a finished run: nothing is left to do; another --output, or --overwrite, begins a new one")
     check_after(s)
     groups, dev, test = (groups_of(s, name) for name in ("groups", "dev", "test"))
     beside = {"teachers": _teachers(s) or None, "guide": s["guide"], "examples": in_context_of(s)}
@@ -462,8 +464,11 @@ def measured_beside(
 ) -> dict: # "forgetting" and "sweep", for the report
     "What the model lost on other data, and what mixing gives back; the best mix is saved in `merged`."
     s = settings
-    if not (s["forgetting"] or s["merge"]): return {}
     from nixietune.display import say
+    if not s["merge"] and (old := Path(s["output"])/"merged").is_dir():
+        shutil.rmtree(old)
+        say(f"{old}, the mix of the run before, is removed")
+    if not (s["forgetting"] or s["merge"]): return {}
     from nixietune.merging import merge_sweep
     from nixietune.probes import forgetting
     probes, base, found = probes_of(s), model_of(s), {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 from .core import InputError
 from .files import arrow_rows, bare_name, find_files, kind_of_file, READERS, rows_in
-from .judgments import choose_split, Collection, CORPUS_KINDS, find_collection, text_rows
+from .judgments import choose_split, Collection, CORPUS_KINDS, find_collection, TEXT_FIELDS, text_rows
 from .tables import content_id
 from .values import counted
 
@@ -155,13 +155,14 @@ def named(
 def corpus_sources(
     source, # as for `load_corpus`
     split:str|None=None, # of a Hub data set
+    names=(), # what a column may be called, beside the usual names
 ) -> tuple: # (sources, notes)
     "The sources of a corpus: of a test collection, its documents."
-    if isinstance(source, (list, tuple)) and source: return joined(corpus_sources(o, split) for o in source)
+    if isinstance(source, (list, tuple)) and source: return joined(corpus_sources(o, split, names) for o in source)
     if not isinstance(source, (str, Path)): return find_sources(source, split)
     path = Path(source)
     found = find_collection(path) if path.is_dir() else None
     if not found and not path.exists() and not glob.has_magic(str(source)): return find_sources(source, split)
     files, notes = ([found.corpus], []) if found else find_files(source, CORPUS_KINDS)
     if not found: no_splits(split, source)
-    return [replace(file_source(o, source), rows=partial(text_rows, o)) for o in files], notes
+    return [replace(file_source(o, source), rows=partial(text_rows, o, (*TEXT_FIELDS, *names))) for o in files], notes

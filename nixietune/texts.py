@@ -418,7 +418,7 @@ def check_sizes(
     ways = ["no query and no document that links so many"]
     if near is not None and helps(by, None): ways.append("near=None, which links equal texts only")
     if by != "query" and helps("query", near):
-        ways.append('by="query", which keeps equal queries together and lets positives be in two splits')
+        ways.append('by="query" (split_by of finetune and train), which keeps equal queries together and lets positives be in two splits')
     fault = f"{counted(len(large), 'group')} of {len(rows):,} hang together, more than the smallest split ({least:.0f})"
     raise InputError("\n  ".join([f"{fault}:", *hubs(large, by, near)]), "split_groups", "; or ".join(ways))
 

@@ -324,3 +324,14 @@ def test_every_finding_is_described():
     module = sys.modules["nixietune.auditing"]
     functions = {o for name, o in vars(module).items() if name.startswith("find_")}
     assert functions == set(FINDINGS) and all(o.__doc__ for o in FINDINGS)
+
+
+def test_what_mends_can_be_typed():
+    "Every call that a finding names is a public name."
+    import re
+    from pathlib import Path
+
+    import nixietune as nt
+    from nixietune import auditing
+    named = {*re.findall(r'"(\w+)\((?:groups|model)', Path(auditing.__file__).read_text()), *(o[-1] for o in auditing._TEACHERS)}
+    assert len(named) > 8 and not named - {*nt.__all__}

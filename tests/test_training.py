@@ -491,7 +491,8 @@ def test_what_is_said_before_the_first_step(make, capsys):
     make(prepared := tiny_model(), learning_rate=None, per_device_train_batch_size=None).train()
     said = capsys.readouterr().out
     assert layout_of(prepared).name == "packed"
-    assert "training on 64 groups: 1 epoch, batch 64, learning rate 5e-05 (neutral recipe)\ntexts packed, fp32 on cpu\n" in said
+    assert "training on 64 groups: 1 epoch, batch 16, learning rate 5e-05 (neutral recipe)\ntexts packed, fp32 on cpu\n" in said
+    assert "batch 16 instead of the recipe's 64: there are only 64 groups" in said and "only 4 steps: expect a small change" in said
     assert "loss: InfoNCE(temperature=0.1" in said
 
 
