@@ -7,9 +7,10 @@ __all__ = ['DEMO_SETTINGS', 'MSMARCO', 'COMPLETION', 'COMMANDS', 'CODES', 'demo'
            'config', 'completion', 'Command', 'overview', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #255902fb
-import argparse, json, os, shlex, shutil, sys
+import argparse, json, os, re, shlex, shutil, sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable
 from .commands import EMBED, MINE, run_embed, run_mine, run_score, SCORE
@@ -73,7 +74,7 @@ def evaluate(settings, command=""):
     from nixietune.runs import write_evaluation
     s = settings
     if not s["groups"]: raise InputError("no groups", "evaluate", "--groups FILE")
-    if s["output"]: check_folder(s["output"])
+    if s["output"] and (check_folder(s["output"])/"metrics.json").exists() and not s["overwrite"]: raise InputError("already holds an evaluation", s["output"], "another --output, or --overwrite")
     groups = groups_of(s)
     corpus = corpus_for(s)
     if corpus is None:
@@ -194,10 +195,20 @@ def _add_option(place, o):
 def _layout(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_columns())
 
 # %% ../nbs/90_cli.ipynb #c9cf51e1
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        "What is wrong, what may have been meant, and exit code 2."
+        known = [*COMMANDS, *SYSTEMS] + [f"--{o.name.replace('_', '-')}" for c in COMMANDS.values() for o in c.options]
+        wrong = re.findall(r"--[\w-]+|(?<=invalid choice: ')[^']+", message)
+        near = dict.fromkeys(match for o in wrong if o not in known for match in get_close_matches(o, known, 1))
+        message = re.sub(r" \(choose from .*\)", "; nixietune --help lists the commands", message).removeprefix("argument command: ")
+        self.exit(2, f"nixietune: {message}" + (f"; did you mean {' and '.join(near)}?" if near else "") + "\n")
+
+# %% ../nbs/90_cli.ipynb #0d736dd7
 def parser():
     "The command line as argparse sees it."
     from nixietune import __version__
-    top = argparse.ArgumentParser("nixietune", usage="nixietune COMMAND [settings.yaml] [file ...] [--option value ...]", description=overview(), formatter_class=_layout)
+    top = _Parser("nixietune", usage="nixietune COMMAND [settings.yaml] [file ...] [--option value ...]", description=overview(), formatter_class=_layout)
     top.add_argument("--version", action="version", version=f"nixietune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command", help=argparse.SUPPRESS)
     for name, c in COMMANDS.items():
@@ -258,12 +269,12 @@ def _run(argv, command):
         settings = translate(argv[0], given)
         for line in what_became(argv[0], given): print(line, file=sys.stderr)
         return _done(argv[0], settings, command)
-    typed = vars(parser().parse_args([_dashed(o) for o in argv] or ["--help"]))
+    typed = vars(parser().parse_args(["--help"] if argv in ([], ["help"]) else [_dashed(o) for o in argv]))
     name = typed.pop("command")
     file = _stand_alone(name, typed.pop("files", []), typed)
     return _done(name, read_settings(COMMANDS[name].options, file, typed), command)
 
-
+# %% ../nbs/90_cli.ipynb #5c235861
 def main(
     argv=None, # the arguments; those of the process without it
 ) -> int: # the exit code

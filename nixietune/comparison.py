@@ -212,7 +212,7 @@ def verdict_of(
         return f"No difference: {label} is {after:.3f} before and after, the same for {'the only query' if n == 1 else f'each of {asked}'}.{few}"
     outcome = outcome_of(interval, p_value, confidence)
     (head, verb), digits = _HEADS[outcome], _digits(after - before, low, high)
-    value, change = lambda o: f"{o:.{digits}f}", lambda o: f"{o:+.{digits}f}"
+    value, change = lambda o: f"{o:.{digits}f}", lambda o: f"{o:+.{digits}f}" if abs(o) > 1e-6 else "0"
     why = could = ""
     if outcome == "no difference":
         why = ", which includes zero" if low <= 0 <= high else f", but p = {p_value:.2g} in the sign-flip test"

@@ -124,6 +124,7 @@ def plot_metrics(
         ends = [o for o in (old, new) if o is not None]
         if len(ends) == 2: ax.plot(ends, [y, y], color=GREY, lw=2, alpha=0.5, zorder=1)
         reach = [*ends, *(old + o for o in interval)] if interval and len(ends) == 2 else ends
+        if reach != ends and 0 <= min(ends) <= max(ends) <= 1: reach = [min(max(o, 0), 1) for o in reach] # no such metric is above 1
         if reach != ends: ax.plot(reach[2:], [y, y], color=BLUE, lw=9, alpha=0.25, solid_capstyle="butt", zorder=1,
                                    label="confidence interval" if metric == next(iter(intervals)) else None)
         for value, color, name in ((old, GREY, names[0]), (new, BLUE, names[1])):

@@ -18,6 +18,7 @@ from .display import Table
 from .evaluation import metric_label
 from .plots import plot_loss, plot_metrics, plot_padding, png_bytes, save_plot
 from .runs import write_evaluations
+from .values import counted
 
 # %% ../nbs/80_report.ipynb #2abb7346
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _training(result):
     facts, seconds = result.facts["training"], result.facts["seconds"]
     sizes = result.facts["groups"]
     cost = [{"part": name, "seconds": o["wall"], "CPU seconds": o["cpu"]} for name, o in seconds.items()]
-    did = (f"{facts['pairs']:,} query-document pairs in {facts['steps']:,} steps of {facts['batch_size']}, from {sizes['train']:,} groups. "
+    did = (f"{facts['pairs']:,} query-document pairs in {counted(facts['steps'], 'step')} of {facts['batch_size']}, from {sizes['train']:,} groups. "
            f"Loss: {', '.join(facts['loss'])}. Dropout {facts['dropout']:g}, {facts['precision']}. Texts are read {'whole' if facts['max_length'] is None else 'up to {} tokens'.format(facts['max_length'])}"
            + "".join(f"; {share:.0%} of the {_MANY[role]} fill that" for role, share in facts["full_length"].items() if share) + ".")
     steps, losses = zip(*result.losses) if result.losses else ((), ())
@@ -250,8 +251,8 @@ def _after_verdict(c):
     "What the verdict calls for."
     n, d = len(c.per_query), abs(c.difference)
     if c.outcome == "worse": yield "Do not use this model. Read the queries that lost most, look for wrong labels with nt.audit(groups), and try a third of the learning rate."
-    if c.outcome == "better" and not c.runs: yield "Use it, if the queries that got worse are ones you can bear. It is one training run: finetune(..., seeds=3) says how much the next one differs."
-    if c.outcome == "better" and c.runs: yield "Use it, if the queries that got worse are ones you can bear: several training runs agree."
+    use = "Use it, if the queries that got worse are ones you can bear" if (c.per_query["difference"] < 0).any() else "Use it: no query got worse"
+    if c.outcome == "better": yield f"{use}. " + ("Several training runs agree." if c.runs else "It is one training run: finetune(..., seeds=3), or --seeds 3, says how much the next one differs.")
     if c.outcome == "no difference" and d > 1e-4 and c.detectable == c.detectable:
         needed = n*(c.detectable/d)**2
         yield (f"This test set shows differences of about {c.detectable:.3f} or more. " +

