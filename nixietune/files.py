@@ -377,6 +377,7 @@ class Scan:
 # %% ../nbs/05_files.ipynb #7cf0304a
 def raise_faults(
     scans:list[Scan], # one for each file
+    way_out:str="", # what may be done instead, said where there are several
 ):
     "One `InputError` for all faults, the first twenty with file and line; none when all is well."
     for scan in scans:
@@ -386,4 +387,4 @@ def raise_faults(
     if faults == 1: raise InputError(bad[0][1].what, bad[0][0], bad[0][1].expected)
     if faults: raise InputError("\n  ".join([f"{faults:,} faults in {sum(o.rows for o in scans) + faults:,} rows:",
         *(f"{where}: {error}" for where, error in bad[:SHOWN]),
-        *[f"... and {faults - SHOWN:,} more"]*(faults > SHOWN)]))
+        *[f"... and {faults - SHOWN:,} more"]*(faults > SHOWN), *[way_out]*bool(way_out)]))

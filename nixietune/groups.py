@@ -144,7 +144,8 @@ def load_table(
     stream = (o for source, scan in zip(sources, scans) for o in read(source, scan))
     def found():
         "What there is to say, and what was left out; an error where that is asked for, or where nothing is left."
-        if on_error == "raise" or not any(scan.rows for scan in scans): raise_faults(scans)
+        if on_error == "raise": raise_faults(scans, "on_error='skip' goes on without these rows, and lists them")
+        if not any(scan.rows for scan in scans): raise_faults(scans)
         return dict(notes=[o for scan in scans for o in scan.notes()], skipped=sum(scan.faults for scan in scans),
             faults=[dict(where=where, what=error.what, expected=error.expected) for scan in scans for where, error in scan.bad])
     def make(folder):

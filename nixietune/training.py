@@ -459,7 +459,7 @@ class _Announcing(_Enduring):
         if layout == "packed" and attention_kernel(a.device, DTYPES[precision_in(a)]) == "varlen" and attention_dropout(self.model):
             lines.append("attention weights are not dropped: the variable-length kernel knows no dropout (forward='bucketed' does)")
         lines += [f"loss: {o}" for o in self.loss.objective.described()] + ([str(self.examples)] if self.examples else [])
-        if self.plan.steps < FEW_STEPS: lines.append(f"only {counted(self.plan.steps, 'step')}: expect a small change; more groups or more epochs change more")
+        if self.plan.steps < FEW_STEPS: lines.append(f"only {counted(self.plan.steps, 'step')}: expect a small change; more groups, or more epochs where dev agrees, change more")
         if a.gradient_accumulation_steps > 1: lines.append("accumulated micro-batches do not enlarge the pool of in-batch negatives: each is a pool of its own")
         return "\n".join(lines)
 
