@@ -363,6 +363,7 @@ def recognise(
 def _named(row):
     "How to say which column is which, with two names of this row."
     names = [k for k, v in row.items() if isinstance(k, str) and isinstance(v, str)]
+    if any(len(k.split()) > 3 for k in names): return "; the first line is read as the names of the columns, and these look like texts"
     return f"; or columns={dict(zip(names, ('query', 'positive')))} to say which column is which" if len(names) > 1 else ""
 
 

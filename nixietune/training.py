@@ -6,12 +6,13 @@
 __all__ = ['DEV', 'SHOWN', 'OBJECTIVE', 'PLAN', 'FEW_STEPS', 'THEIR_PROGRESS', 'WHAT', 'LEARN_TEMPERATURES_AT', 'Panel',
            'main_measure', 'add_line', 'History', 'Skipping', 'NotANumber', 'without_numbers', 'is_out_of_memory',
            'make_room', 'CardCallback', 'DevEvaluator', 'first', 'Averaging', 'Epochs', 'guarded', 'together',
-           'smaller_batch', 'Trainer', 'teacher_span', 'default_loss', 'objective_for', 'evaluator_for', 'food',
-           'remarks', 'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers', 'freeze_unused',
-           'where_to_resume', 'name_layers', 'used_memory', 'attention_dropout', 'pairs_in']
+           'as_they_are_meant', 'smaller_batch', 'Trainer', 'teacher_span', 'default_loss', 'objective_for',
+           'evaluator_for', 'food', 'remarks', 'vectors_for', 'check_datasets', 'learning_rates', 'whole_numbers',
+           'freeze_unused', 'where_to_resume', 'name_layers', 'used_memory', 'attention_dropout', 'pairs_in']
 
 # %% ../nbs/62_training.ipynb #07f0f2cc
-import json, os, time
+import json, logging, os, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import psutil
@@ -444,6 +445,15 @@ class _Enduring(_Restoring):
             if not is_out_of_memory(error) or self.args.world_size > 1: raise
         return None
 
+# %% ../nbs/62_training.ipynb #7faf5e14
+@contextmanager
+def as_they_are_meant():
+    "Without the warning of transformers about arguments that are spelled in another way."
+    logger, spelled = logging.getLogger("transformers.trainer_utils"), lambda record: "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+    logger.addFilter(spelled)
+    try: yield
+    finally: logger.removeFilter(spelled)
+
 # %% ../nbs/62_training.ipynb #e66255da
 class _Announcing(_Enduring):
     "What is said before the first step."
@@ -480,7 +490,8 @@ class _Running(_Announcing):
             sweep(a.output_dir)
             if not place and (aside := set_aside(a.output_dir)): say(f"checkpoints of an earlier run are now in {aside}")
         if place: kwargs["resume_from_checkpoint"] = place
-        try: found = super().train(**kwargs)
+        try:
+            with as_they_are_meant(): found = super().train(**kwargs)
         except KeyboardInterrupt:
             if a.save_strategy == "no": say(f"stopped in step {self.state.global_step + 1}; nothing is kept of it: save_strategy (--save-steps) writes checkpoints to go on from")
             raise

@@ -123,8 +123,8 @@ def test_resumed(tmp_path, kind):
     assert again.state.global_step == whole.state.global_step == 9
     for (name, one), (_, two) in zip(again.loss.named_parameters(), whole.loss.named_parameters(), strict=True): assert torch.equal(one, two), name
     other = add_lora(add_head(tiny_model(kind, seed=7), 16), rank=4, modules_to_save=["norm"] if kind == "qwen3" else ["embeddings.LayerNorm"])
-    with pytest.raises(InputError, match="another base"): trainer_for(other, tmp_path / "broken").train(resume=True)
-    with pytest.raises(InputError, match="no adapter"): trainer_for(add_head(tiny_model(kind), 16), tmp_path / "broken").train(resume=True)
+    with pytest.raises(InputError, match="another base"): trainer_for(other, tmp_path / "broken", num_train_epochs=3).train(resume=True)
+    with pytest.raises(InputError, match="no adapter"): trainer_for(add_head(tiny_model(kind), 16), tmp_path / "broken", num_train_epochs=3).train(resume=True)
     continued = load_adapter(add_head(tiny_model(kind), 16), last_checkpoint(tmp_path / "broken"))  # a checkpoint is an adapter's folder, too
     assert torch.equal(trained(continued), trained(again.model))
 

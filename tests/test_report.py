@@ -60,7 +60,7 @@ def test_next_steps():
     said = lambda after, n=300, more={}, **facts: " ".join(next_steps(run_of(after, n=n, **facts), **more))
     better, worse = lambda o: evaluation(o + 0.1), lambda o: evaluation(o - 0.1)
     assert "Do not use this model" in said(worse) and "Do not use" not in said(better)
-    assert "seeds=3" in said(better) and "several training runs agree" in said(lambda o: [evaluation(o + 0.1)] * 3)
+    assert "seeds=3" in said(better) and "Several training runs agree" in said(lambda o: [evaluation(o + 0.1)] * 3)
     nothing = said(lambda o: evaluation(o + rng.normal(0.003, 0.1, len(o))))
     assert "would need about" in nothing and "Use it" not in nothing
     assert "Judge more test queries: 100" in said(better, n=100) and "Judge more" not in said(better)

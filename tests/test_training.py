@@ -1,6 +1,7 @@
 "Training learns, resumes exactly, stops before it breaks, takes any model, and saves what plain sentence-transformers loads."
 import importlib.util
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -378,6 +379,16 @@ def test_another_number_of_steps(make, capsys):
     with pytest.raises(InputError, match="2 of them done.*this run has 2"): make(max_steps=2, **more).train(resume=True)
     make(max_steps=6, **more).train(resume=True)
     assert "checkpoint-2 is of a run of 4 steps, this one has 6" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_not_warned_about(make, caplog):
+    "logging_steps as a share is the same number of steps, whatever transformers thinks."
+    more = dict(save_strategy="steps", save_steps=2, logging_steps=0.3)
+    with pytest.raises(MemoryError): make(callbacks=[Watch(die_at=3)], **more).train()
+    logging.getLogger("transformers").propagate = True
+    try: make(**more).train(resume=True)
+    finally: logging.getLogger("transformers").propagate = False
+    assert "do not match" not in caplog.text
 
 
 def test_baseline_and_plan_travel(make, tmp_path):
