@@ -219,7 +219,10 @@ def separator_of(
     names:str, # the line of names
 ) -> str:
     "What lies between the columns of a .csv: a comma; where there is none, a semicolon, as Excel writes it in half of Europe, or a tab."
-    return next((o for o in ",;\t" if len(next(csv.reader([names], delimiter=o), ())) > 1), ",")
+    def cells(separator):
+        try: return len(next(csv.reader([names], delimiter=separator), ()))
+        except csv.Error: return 0 # whoever reads the line says what is wrong with it
+    return next((o for o in ",;\t" if cells(o) > 1), ",")
 
 
 def _first_line(path):
