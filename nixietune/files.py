@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'PACKED', 'DECODER', 'COMMA', 'BETWEEN', 'NUMBERS', 'LISTS', 'READERS', 'SHOWN', 'kind_of_file',
            'open_bytes', 'unreadable', 'byte_lines', 'no_field_twice', 'not_utf8', 'parse_line', 'spread_object',
-           'json_lines', 'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'separator_of', 'table_rows',
-           'arrow_rows', 'parquet_rows', 'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
+           'json_lines', 'json_array', 'json_rows', 'read_cell', 'decoded', 'tab_cells', 'separator_of', 'first_line',
+           'table_rows', 'arrow_rows', 'parquet_rows', 'bare_name', 'rows_in', 'find_files', 'Scan', 'raise_faults']
 
 # %% ../nbs/05_files.ipynb #35225c71
 import csv, glob, gzip, io, json, re, zlib
@@ -225,10 +225,12 @@ def separator_of(
     return next((o for o in ",;\t" if cells(o) > 1), ",")
 
 
-def _first_line(path):
-    "The line of names; what is wrong with it, whoever reads it will say."
-    try: return next(decoded(path, set()), "")
-    except InputError: return ""
+def first_line(
+    path:Path, # a text file
+) -> str: # "" where it cannot be read
+    "The first line of a file; what is wrong with it, whoever reads it will say."
+    line = next((o for _, o in byte_lines(path)), b"")
+    return line.decode("utf-8", "replace") if isinstance(line, bytes) else ""
 
 
 def _as_many(path, cells):
@@ -254,7 +256,7 @@ def table_rows(
     csv.field_size_limit(LONGEST)
     broken, line, names, expected = set(), 0, None, "cells in double quotes where they hold quotes, commas or line ends"
     counted_lines = _Counted(decoded(path, broken))
-    reader = tab_cells(counted_lines) if kind_of_file(path) == ".tsv" else csv.reader(counted_lines, strict=True, delimiter=separator_of(_first_line(path)))
+    reader = tab_cells(counted_lines) if kind_of_file(path) == ".tsv" else csv.reader(counted_lines, strict=True, delimiter=separator_of(first_line(path)))
     while True:
         line = counted_lines.number + 1
         try:

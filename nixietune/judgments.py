@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ID_FIELDS', 'TEXT_FIELDS', 'CORPUS_KINDS', 'QUERY_IDS', 'QUERY_TEXTS', 'NAMED', 'LAYOUTS', 'read_document',
-           'cell_rows', 'first_line', 'text_rows', 'read_query', 'read_judgment', 'judgments', 'Collection',
-           'find_collection', 'choose_split', 'judged_records']
+           'cell_rows', 'text_rows', 'read_query', 'read_judgment', 'judgments', 'Collection', 'find_collection',
+           'choose_split', 'judged_records']
 
 # %% ../nbs/08_judgments.ipynb #56672a90
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import InputError
 from .dialects import make_item, make_record
-from .files import byte_lines, kind_of_file, not_utf8, READERS, rows_in, Scan
+from .files import byte_lines, first_line, kind_of_file, not_utf8, READERS, rows_in, Scan
 from .values import check_id, check_number, check_text, counted, field_name, kind_of, shape_of
 
 # %% ../nbs/08_judgments.ipynb #8e35d4a4
@@ -53,14 +53,6 @@ def cell_rows(
         else: yield number, InputError(f"{counted(len(cells), 'cell')} between tabs", expected=f"{len(names)}: {', '.join(names)}")
 
 
-def first_line(
-    path:Path, # a text file
-) -> str: # "" where it cannot be read
-    "The first line of a file."
-    line = next((o for _, o in byte_lines(path)), b"")
-    return line.decode("utf-8", "replace").strip() if isinstance(line, bytes) else ""
-
-
 def text_rows(
     path:Path, # a file of a kind in `CORPUS_KINDS`
     texts=TEXT_FIELDS, # what the column of texts may be called
@@ -68,7 +60,7 @@ def text_rows(
     "The rows of a file of documents or queries, each with an id and a text, or with a text."
     kind = kind_of_file(path)
     if kind == ".txt": return cell_rows(path, ("text",))
-    cells = first_line(path).split("\t") if kind == ".tsv" else []
+    cells = first_line(path).strip().split("\t") if kind == ".tsv" else []
     if not cells or {o.lower() for o in cells} & {o.lower() for o in texts}: return rows_in(path)
     if len(cells) > 2: raise InputError(f"{len(cells)} columns without a name that is known: {', '.join(map(field_name, cells))}", str(path), f"a line of names with one of {', '.join(texts)}, or columns= to say which column is which; or an id and a text without names")
     return cell_rows(path, ("_id", "text"))
