@@ -108,11 +108,16 @@ def with_our_names(
         if isinstance(row, dict):
             left -= row.keys()
             seen |= dict.fromkeys(row)
-            names = Counter(columns.get(k, k) for k in row)
-            twice = next((o for o, n in names.items() if n > 1), None)
-            row = InputError(f"two columns are `{twice}`", expected="one; rename the other, too") if twice else {columns.get(k, k): v for k, v in row.items()}
+            ours = {columns.get(k, k): v for k, v in row.items()}
+            row = ours if len(ours) == len(row) else _twice(columns.get(k, k) for k in row)
         yield line, row
     if left and seen: raise InputError(f"no column {min(left)!r}", where, ", ".join(f"`{o}`" for o in seen))
+
+
+def _twice(names):
+    "A row of which two columns would have the same name, as a fault."
+    name = next(k for k, n in Counter(names).items() if n > 1)
+    return InputError(f"two columns are `{name}`", expected="one; rename the other, too")
 
 
 def rows_of(
@@ -225,16 +230,17 @@ def arrange(
     return renamed(groups, names.tolist()).select(np.flatnonzero(keep)) if not keep.all() or (names != np.array(groups["dataset"][:], object)).any() else groups
 
 # %% ../nbs/10_groups.ipynb #a5d2e810
-RULES = ("small_threshold", "drop_threshold", "max_example_num_per_dataset", "seed")
+RULES = {"small_threshold": 0, "drop_threshold": 0, "max_example_num_per_dataset": 1, "seed": 0} # option of `arrange` -> the least that it may be
 
 
 def check_rules(
-    small_threshold:int=0, drop_threshold:int=0, max_example_num_per_dataset:int=None, seed:int=0, # see `arrange`
+    **rules, # see `arrange`
 ):
-    "An `InputError` for a rule that cannot be meant."
-    for name, value, least in (("small_threshold", small_threshold, 0), ("drop_threshold", drop_threshold, 0), ("max_example_num_per_dataset", max_example_num_per_dataset, 1), ("seed", seed, 0)):
+    "An `InputError` for a rule that there is not, or that cannot be meant."
+    for name, value in rules.items():
+        if name not in RULES: raise InputError(f"{name}={value!r}", "load_groups", f"{', '.join(RULES)}; what pandas reads with options of its own can be given as a table")
         if value is None and name.startswith("max"): continue
-        if type(value) is not int or value < least: raise InputError(f"{name} is {value!r}", "load_groups", f"a whole number, {least} or more")
+        if type(value) is not int or value < RULES[name]: raise InputError(f"{name} is {value!r}", "load_groups", f"a whole number, {RULES[name]} or more")
 
 
 def renamed(
@@ -262,7 +268,6 @@ def load_groups(
     if dialect is not None: dialect_named(dialect)
     if threshold is not None: check_number(threshold, "threshold")
     if columns is not None: check_columns(columns)
-    if unknown := [o for o in rules if o not in RULES]: raise InputError(f"{unknown[0]}={rules[unknown[0]]!r}", "load_groups", f"{', '.join(RULES)}; what pandas reads with options of its own can be given as a table")
     check_rules(**rules)
     sources, notes = find_sources(source, split)
     sources = named(sources, dataset)
