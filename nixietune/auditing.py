@@ -128,6 +128,9 @@ class Finding:
     call:str # the call that does it
     show:Callable # number of an offending row -> dict of its source and texts
 
+    @property
+    def typed(self): return f"nt.{self.call}" # the call as one types it
+
     def all(self):
         "Every offending row as a dict, with whole texts."
         return map(self.show, range(self.count))
@@ -146,7 +149,7 @@ class Finding:
         return plain | {"rows": [self.show(i) for i in range(min(self.count, 10))]}
 
     def __repr__(self):
-        return f"{self.severity + ':':9}{self.what} [{self.name}]\n{'':9}{self.meaning}\n{'':9}{self.advice}: nt.{self.call}"
+        return f"{self.severity + ':':9}{self.what} [{self.name}]\n{'':9}{self.meaning}\n{'':9}{self.advice}: {self.typed}"
 
     def _repr_html_(self): return f"<pre>{escape(repr(self))}</pre>" + self.rows._repr_html_()
 
@@ -874,7 +877,7 @@ class Audit:
         return "\n\n".join([*map(repr, self.tables()), *found])
 
     def _repr_html_(self):
-        rows = [{"": o.severity, "name": o.name, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": f"nt.{o.call}"}
+        rows = [{"": o.severity, "name": o.name, "found": o.what, "meaning": o.meaning, "what to do": o.advice, "call": o.typed}
             for o in self.findings]
         last = Table(rows, counted(len(rows), "finding"), "the rows of each are in audit(...)[name].rows") if rows else Table(
             [{"": "Nothing was found that is wrong."}])

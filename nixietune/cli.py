@@ -233,7 +233,8 @@ def _stand_alone(name, files, typed):
     takes, data = COMMANDS[name].takes, [o for o in files if not may_hold_settings(o)]
     settings = [o for o in files if o not in data]
     if len(settings) > 1: raise InputError(f"two files of settings, {' and '.join(settings[:2])}", name, "one")
-    if not data: return next(iter(settings), None)
+    file = next(iter(settings), None)
+    if not data: return file
     if not takes: raise InputError(f"{data[0]!r}", name, "options, or a file of settings: .yaml, .yml or .json")
     if given := [o for o in takes if typed.get(o) is not None]: raise InputError(f"{data[0]!r} beside --{given[0]}", name, "one or the other")
     many = {o.name for o in COMMANDS[name].options if o.many}
@@ -241,7 +242,7 @@ def _stand_alone(name, files, typed):
     if len(data) > len(takes) and takes[-1] not in many: raise InputError(f"{data[len(takes)]!r} beside {data[0]!r}", name, f"one {takes[-1]}")
     parts = [*([o] for o in data[:len(takes) - 1]), data[len(takes) - 1:]]
     typed |= {k: v if k in many else v[0] for k, v in zip(takes, parts)}
-    return next(iter(settings), None)
+    return file
 
 # %% ../nbs/90_cli.ipynb #af369007
 def _dashed(word):

@@ -243,7 +243,7 @@ def _data(result, about, audit):
     "What it was trained and measured on."
     names = {"train": "training groups", "dev": "groups to choose on", "test": "groups to judge on", "corpus": "documents searched"}
     sizes = [{"": names[k], "count": o} for k, o in result.facts["groups"].items()]
-    found = [Heading("What the audit found", 3), *audit.tables(), [f"{o.severity}: {_sentence(o.what)} {_sentence(o.meaning)} {o.advice}: nt.{o.call}" for o in audit] or "Nothing that is wrong."] if audit is not None else []
+    found = [Heading("What the audit found", 3), *audit.tables(), [f"{o.severity}: {_sentence(o.what)} {_sentence(o.meaning)} {o.advice}: {o.typed}" for o in audit] or "Nothing that is wrong."] if audit is not None else []
     return [Heading("Data"), *about, Table(sizes), *found]
 
 # %% ../nbs/80_report.ipynb #ad781ce0
